@@ -1,0 +1,26 @@
+"""Foreign weights to ours: the published TSD-SR layout in, one pipeline folder out, and a look at what a file is.
+
+Names are resolved on first use, so that importing this package loads neither torch nor diffusers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .convert import convert_tsdsr
+    from .errors import CheckpointError
+    from .info import describe
+
+__all__ = ["CheckpointError", "convert_tsdsr", "describe"]
+
+_HOMES = {"CheckpointError": "errors", "convert_tsdsr": "convert", "describe": "info"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Network classes that diffusers does not have."""
