@@ -2,4 +2,6 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message is one sentence: which file, what was found, what was expected, the mend."""
+    """A checkpoint cannot be used; the message is one sentence: which file, what was found, what was expected, how to
+    mend it.
+    """

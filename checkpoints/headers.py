@@ -7,6 +7,7 @@ The format: 8 bytes (little-endian length n), n bytes of JSON, then the tensors
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,21 +41,17 @@ class Header:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
-    @property
-    def numel(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors.values())
 
-    @property
-    def dtypes(self) -> list[str]:
-        """Types by the number of elements stored in them, most first."""
-        counts: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
-        return sorted(counts, key=lambda name: -counts[name])
+def dtypes_of(tensors: Iterable[Tensor]) -> list[str]:
+    """Types by the number of elements stored in them, most first."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+    return sorted(counts, key=lambda name: -counts[name])
 
 
 def foreign_content(path: Path) -> str | None:
-    """A phrase for what a failed download or a misnamed file holds, or None where the first bytes look like none of it."""
+    """A phrase for what a failed download left in a file, or None where the first bytes look like none of it."""
     with open(path, "rb") as file:
         start = file.read(512)
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

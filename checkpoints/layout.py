@@ -1,7 +1,7 @@
 """The published TSD-SR checkpoint layout, as facts: file names, key names and which modules carry a LoRA.
 
-Source: the release `Microtreei/TSD-SR` (test/test_tsdsr.py and its weights): two LoRA files without metadata, alpha = rank,
-both with keys `transformer.<module>.lora_A.weight` / `.lora_B.weight`, the VAE's too.
+Source: the release `Microtreei/TSD-SR` (test/test_tsdsr.py and its weights): two LoRA files without metadata, alpha =
+rank, both with keys `transformer.<module>.lora_A.weight` / `.lora_B.weight`, the VAE's too.
 """
 
 import json
@@ -150,8 +150,8 @@ def check_lora(lora: LoraFile, side: str, weights: dict[str, tuple[int, ...]]) -
                 )
         if down.shape[0] != up.shape[1]:
             raise CheckpointError(
-                f"{path} has rank {down.shape[0]} in {keys['A']} but rank {up.shape[1]} in {keys['B']}, and the two must"
-                " agree; download it again."
+                f"{path} has rank {down.shape[0]} in {keys['A']} but rank {up.shape[1]} in {keys['B']}, and the two"
+                " must agree; download it again."
             )
         if down.shape[0] != rank:
             raise CheckpointError(
@@ -175,7 +175,7 @@ def check_lora(lora: LoraFile, side: str, weights: dict[str, tuple[int, ...]]) -
 
 
 def _check_alpha(lora: LoraFile, rank: int) -> None:
-    """Published files state no alpha (it equals the rank); one that states another would be merged at a wrong strength."""
+    """Published files state no alpha (it equals the rank); another one would be merged at a wrong strength."""
     try:
         stated = json.loads(lora.header.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
@@ -183,8 +183,8 @@ def _check_alpha(lora: LoraFile, rank: int) -> None:
     for key, value in stated.items() if isinstance(stated, dict) else ():
         if key.split(".")[-1] == "lora_alpha" and value != rank:
             raise CheckpointError(
-                f"{lora.header.file} states lora_alpha {value} for rank {rank}, but the published layout has alpha equal"
-                " to the rank; load this LoRA with load_lora_weights instead."
+                f"{lora.header.file} states lora_alpha {value} for rank {rank}, but the published layout has alpha"
+                " equal to the rank; load this LoRA with load_lora_weights instead."
             )
 
 

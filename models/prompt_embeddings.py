@@ -38,7 +38,9 @@ class PromptEmbeddings(ModelMixin, ConfigMixin):
             ("pooled_prompt_embeds", pooled_prompt_embeds, 2),
         ):
             if tensor.ndim != rank or tensor.shape[0] != 1:
-                raise ValueError(f"{name} must have {rank} dimensions and a batch of 1, not shape {tuple(tensor.shape)}.")
+                raise ValueError(
+                    f"{name} must have {rank} dimensions and a batch of 1, not shape {tuple(tensor.shape)}."
+                )
         module = cls(prompt_embeds.shape[1], prompt_embeds.shape[2], pooled_prompt_embeds.shape[1])
         module.prompt_embeds = torch.nn.Parameter(prompt_embeds.detach().clone())
         module.pooled_prompt_embeds = torch.nn.Parameter(pooled_prompt_embeds.detach().clone())

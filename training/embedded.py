@@ -22,6 +22,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -76,6 +77,37 @@ class Config:
         return cls(stages=stages, **values)
 
 
+@torch.no_grad()
+def start_as_interpolation(vae: AutoencoderTiny) -> None:
+    """Initialise so that latents 0..2 are the picture's RGB averaged over a latent pixel, and decoding interpolates them.
+
+    Residual blocks start as identities (Fixup initialisation, Zhang et al. 2019), other channels with random features
+    that the last convolution does not read yet. From PyTorch's own initialisation the first thousand steps would be
+    spent on finding the mean colour.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            nn.init.zeros_(module.conv[-1].weight)
+    binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
+    for half in (vae.encoder.layers, vae.decoder.layers):
+        convolutions = [layer for layer in half if isinstance(layer, nn.Conv2d)]
+        for conv in convolutions:
+            weight = conv.weight
+            weight[:3] = 0
+            for color in range(3):
+                if conv.stride == (2, 2):
+                    weight[color, color, 1:, 1:] = 1 / 4
+                elif half is vae.decoder.layers and conv not in (convolutions[0], convolutions[-1]):
+                    weight[color, color] = torch.outer(binomial, binomial)  # smooths the nearest-neighbour upsampling
+                else:
+                    weight[color, color, 1, 1] = 1
+
+
 class EmbeddedModel(nn.Module):
     """The three trained parts in one module, so that one optimiser, EMA and checkpoint serve all."""
 
@@ -86,6 +118,7 @@ class EmbeddedModel(nn.Module):
         self.prompt = PromptEmbeddings(
             config.prompt_tokens, config.transformer["joint_attention_dim"], config.transformer["pooled_projection_dim"]
         )
+        start_as_interpolation(self.vae)
         nn.init.normal_(self.prompt.prompt_embeds)
         nn.init.normal_(self.prompt.pooled_prompt_embeds)
         # A transformer that starts by predicting v = 0 leaves the autoencoder's result as it is (DiT's adaLN-zero).
@@ -286,7 +319,7 @@ def train_stage(
             discriminator_optimizer.step()
 
         for name, term in terms.items():
-            running[name] = running.get(name, 0.0) + float(term)
+            running[name] = running.get(name, 0.0) + float(term.detach())
         if step % config.logging_steps == 0:
             means = {name: round(value / config.logging_steps, 5) for name, value in running.items()}
             report(step=step, seconds=round(time.time() - start), **means)

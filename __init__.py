@@ -1,0 +1,50 @@
+"""One-step diffusion super-resolution of real photographs.
+
+The names below are loaded when they are first used, so `import tsdsr` itself loads neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoints.convert import convert_tsdsr
+    from .checkpoints.info import describe
+    from .models.prompt_embeddings import PromptEmbeddings
+    from .pipelines.loading import load_pipeline
+    from .pipelines.lora import TSDSRLoraLoaderMixin
+    from .pipelines.pipeline_tsdsr import TSDSRPipeline, TSDSRPipelineOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PromptEmbeddings",
+    "TSDSRLoraLoaderMixin",
+    "TSDSRPipeline",
+    "TSDSRPipelineOutput",
+    "__version__",
+    "convert_tsdsr",
+    "describe",
+    "load_pipeline",
+]
+
+_MODULE_OF = {
+    "PromptEmbeddings": ".models.prompt_embeddings",
+    "TSDSRLoraLoaderMixin": ".pipelines.lora",
+    "TSDSRPipeline": ".pipelines.pipeline_tsdsr",
+    "TSDSRPipelineOutput": ".pipelines.pipeline_tsdsr",
+    "convert_tsdsr": ".checkpoints.convert",
+    "describe": ".checkpoints.info",
+    "load_pipeline": ".pipelines.loading",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,40 @@
+"""The `tsdsr` command. Each module holds one command: it parses, calls one function and prints."""
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import convert, info, upscale
+
+app = typer.Typer(
+    name="tsdsr",
+    help="Upscale real photographs with one step of a diffusion model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("upscale")(upscale.upscale)
+app.command("convert")(convert.convert)
+app.command("info")(info.info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tsdsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Upscale real photographs with one step of a diffusion model."""
+
+
+def main() -> None:
+    """The entry point of the `tsdsr` script."""
+    app()

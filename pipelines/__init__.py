@@ -1,0 +1,1 @@
+"""Inference: the pipeline and the pure helpers that only it needs."""

@@ -1,0 +1,457 @@
+"""One-step super-resolution: resize, encode, one step, decode, stitch, colour."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ..models.prompt_embeddings import PromptEmbeddings
+from .color import COLOR_FIXES
+from .lora import TSDSRLoraLoaderMixin
+from .tiling import count_tiles, pad_to_multiple, run_tiled, working_size
+
+
+@dataclass
+class TSDSRPipelineOutput(BaseOutput):
+    """Result of `TSDSRPipeline`.
+
+    Attributes:
+        images: for `output_type` "pil" a list of PIL images; "np" an array (B, H, W, 3) and "pt" a tensor
+            (B, 3, H, W), values 0..1; "latent" the latents (B, C, h, w) of the padded working size, scaled.
+            Results of different sizes come as a list of single (H, W, 3), (3, H, W) or (C, h, w) ones.
+    """
+
+    images: Any
+
+
+class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
+    """Enlarges photographs with one step of a rectified-flow transformer (TSD-SR, arXiv 2411.18263).
+
+    Args:
+        vae: encodes the enlarged picture and decodes the result.
+        transformer: predicts the velocity v; the result is z - v at t = 1000.
+        scheduler: takes the one step.
+        prompt_embeddings: the fixed prompt, so that no text encoder is needed.
+        text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3: SD3's, for other prompts.
+        use_shift_factor: whether latents are (z - shift_factor) * scaling_factor as in SD3, or z * scaling_factor as
+            the published TSD-SR weights want them. Saved in the pipeline's config.
+        timestep: the one timestep, 0..1000. Saved in the pipeline's config.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->prompt_embeddings->transformer->vae"
+    _optional_components = [
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    ]
+    _callback_tensor_inputs = ["latents"]
+
+    # Other prompts are encoded exactly as SD3 does it.
+    encode_prompt = StableDiffusion3Pipeline.encode_prompt
+    _get_clip_prompt_embeds = StableDiffusion3Pipeline._get_clip_prompt_embeds
+    _get_t5_prompt_embeds = StableDiffusion3Pipeline._get_t5_prompt_embeds
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        prompt_embeddings: PromptEmbeddings,
+        text_encoder: CLIPTextModelWithProjection | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer_3: T5TokenizerFast | None = None,
+        use_shift_factor: bool = False,
+        timestep: float = 1000,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+            prompt_embeddings=prompt_embeddings,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )
+        self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep)
+        channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+        self.vae_scale_factor = 2 ** (len(channels) - 1)
+        # Sides of the working picture are multiples of what one transformer patch covers.
+        self.size_multiple = self.vae_scale_factor * transformer.config.patch_size
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_normalize=False, do_convert_rgb=True
+        )
+        self.tokenizer_max_length = 77 if tokenizer is None else tokenizer.model_max_length
+
+    def check_inputs(
+        self,
+        upscale: float,
+        height: int | None,
+        width: int | None,
+        prompt: str | None,
+        prompt_embeds: Tensor | None,
+        pooled_prompt_embeds: Tensor | None,
+        process_size: int,
+        color_fix: str,
+        tile_size: int,
+        tile_overlap: int,
+        tile_batch_size: int,
+        vae_tile_size: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raises a `ValueError` of one sentence for the first argument that cannot be used."""
+        if not (isinstance(upscale, int | float) and 1 <= upscale < float("inf")):
+            raise ValueError(f"`upscale` must be a number of at least 1, not {upscale!r}.")
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of pixels of at least 1, not {value!r}.")
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("Pass either `prompt` or `prompt_embeds`, not both.")
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"`prompt` must be one string for all pictures, not {type(prompt).__name__}.")
+        if prompt is not None and (self.text_encoder is None or self.text_encoder_2 is None):
+            raise ValueError(
+                "`prompt` needs SD3's text encoders, which this pipeline was loaded without; leave `prompt` out to use "
+                "the built-in prompt, or load the pipeline with text encoders and tokenizers."
+            )
+        if (prompt_embeds is None) != (pooled_prompt_embeds is None):
+            raise ValueError("Pass `prompt_embeds` and `pooled_prompt_embeds` together.")
+        if not isinstance(process_size, int) or process_size < 0:
+            raise ValueError(f"`process_size` must be a whole number of pixels, 0 for none, not {process_size!r}.")
+        if color_fix not in (*COLOR_FIXES, "none"):
+            raise ValueError(f"`color_fix` must be one of {', '.join([*COLOR_FIXES, 'none'])}, not {color_fix!r}.")
+        multiple = self.size_multiple
+        for name, size in (("tile_size", tile_size), ("vae_tile_size", vae_tile_size)):
+            if not isinstance(size, int) or size < multiple:
+                raise ValueError(f"`{name}` must be a whole number of at least {multiple} pixels, not {size!r}.")
+            if not isinstance(tile_overlap, int) or not 0 <= tile_overlap <= size - multiple:
+                raise ValueError(
+                    f"`tile_overlap` must be a whole number from 0 to {size - multiple} pixels "
+                    f"({multiple} less than `{name}`), not {tile_overlap!r}."
+                )
+        if not isinstance(tile_batch_size, int) or tile_batch_size < 1:
+            raise ValueError(f"`tile_batch_size` must be a whole number of at least 1, not {tile_batch_size!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be one of pil, np, pt, latent, not {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {unknown}."
+            )
+
+    def prepare_images(self, image: PipelineImageInput) -> list[Tensor]:
+        """One tensor (1, 3, H, W), float32, 0..1, for every picture of PIL, NumPy, tensor, or lists of them.
+
+        Greyscale becomes RGB and alpha is dropped; 8 and 16-bit integers are divided by their maximum.
+
+        Raises:
+            ValueError: for other types, channel counts, empty pictures, and values far outside 0..1.
+        """
+        tensors: list[Tensor] = []
+        for item in image if isinstance(image, list | tuple) else [image]:
+            if isinstance(item, Tensor):
+                batch = item.detach()
+                batch = batch[None] if batch.ndim == 3 else batch[None, None] if batch.ndim == 2 else batch
+                integer = {torch.uint8: 255, torch.uint16: 65535}.get(batch.dtype)
+            else:
+                if not isinstance(item, np.ndarray):
+                    if not hasattr(item, "convert"):
+                        raise ValueError(
+                            f"`image` must be a PIL image, a NumPy array, a tensor or a list of them, "
+                            f"not {type(item).__name__}."
+                        )
+                    # 16-bit greyscale would be clipped by a conversion to RGB.
+                    deep = item.mode.startswith("I")
+                    item = (
+                        np.asarray(item).clip(0, 65535).astype(np.uint16) if deep else np.asarray(item.convert("RGB"))
+                    )
+                item = item[..., None] if item.ndim == 2 else item
+                integer = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(item.dtype)
+                batch = VaeImageProcessor.numpy_to_pt(item.astype(np.float32))
+            batch = batch.to(device="cpu" if batch.device.type == "mps" else batch.device, dtype=torch.float32)
+            if integer:
+                batch = batch / integer
+            if batch.ndim != 4 or batch.shape[1] not in (1, 2, 3, 4) or batch.numel() == 0:
+                raise ValueError(
+                    "`image` must hold pictures of 1 to 4 channels and at least one pixel: arrays (H, W, C) or "
+                    f"(B, H, W, C), tensors (C, H, W) or (B, C, H, W), not shape {tuple(item.shape)}."
+                )
+            if not torch.isfinite(batch).all() or batch.min() < -0.5 or batch.max() > 1.5:
+                raise ValueError(
+                    f"`image` must have values in 0..1 (or be of an 8 or 16-bit integer type), "
+                    f"not {float(batch.min()):g}..{float(batch.max()):g}."
+                )
+            batch = batch[:, :3] if batch.shape[1] >= 3 else batch[:, :1].expand(-1, 3, -1, -1)
+            tensors.extend(batch.clamp(0, 1).split(1))
+        if not tensors:
+            raise ValueError("`image` is an empty list; pass at least one picture.")
+        return tensors
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput,
+        upscale: float = 4,
+        height: int | None = None,
+        width: int | None = None,
+        prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        process_size: int = 512,
+        color_fix: str = "wavelet",
+        tile_size: int = 512,
+        tile_overlap: int = 64,
+        tile_batch_size: int = 1,
+        vae_tile_size: int = 2048,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["TSDSRPipeline", int, float, dict[str, Tensor]], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (diffusers' signature)
+        tile_callback: Callable[[int, int], None] | None = None,
+    ) -> TSDSRPipelineOutput | tuple:
+        """Enlarge one or more pictures. No registered component is changed.
+
+        Args:
+            image: PIL images, NumPy arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), float in 0..1
+                or 8/16-bit integers, or a list of them; sizes may differ.
+            upscale: any factor of at least 1; the result is exactly `round(upscale * size)`. Ignored where `height`
+                or `width` is given.
+            height, width: size of the result in pixels; where only one is given the other keeps the proportions.
+            prompt: another prompt than the built-in one; needs SD3's text encoders.
+            prompt_embeds, pooled_prompt_embeds: embedded prompt, (1, tokens, width) and (1, width).
+            process_size: pictures whose result has a shorter side than this, in pixels, are enlarged further for the
+                networks and reduced afterwards (the published small-picture rule). 0 switches it off.
+            color_fix: "wavelet", "adain", "lab" or "none".
+            tile_size: side of the transformer's tiles in pixels of the result (512 are the published 64 latents).
+                Pictures of no more than `tile_size` squared are not tiled.
+            tile_overlap: of tiles, in pixels of the result.
+            tile_batch_size: transformer tiles of one forward pass.
+            vae_tile_size: larger pictures are encoded and decoded in tiles of this side, pixels of the result. For a
+                VAE with group normalisation this approximates the untiled result.
+            sample_posterior: draw from the encoder's posterior, as the published code does, instead of its mode.
+            generator: for that draw.
+            latents: encoded pictures (B, C, h, w) of the padded working size, as `output_type="latent"` scales them,
+                in place of the encoder's.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: return a `TSDSRPipelineOutput` rather than a tuple.
+            callback_on_step_end: called for every picture as `(pipeline, 0, timestep, {"latents": ...})` after its one
+                step; latents in the returned dictionary replace the result's.
+            callback_on_step_end_tensor_inputs: names of the tensors that callback receives.
+            tile_callback: called as `(done, total)` over all network calls of one picture.
+
+        Returns:
+            A `TSDSRPipelineOutput`, or a tuple with its images.
+
+        Raises:
+            ValueError: for arguments that cannot be used, and for a result with NaN or Inf.
+        """
+        # 1. Arguments
+        self.check_inputs(
+            upscale,
+            height,
+            width,
+            prompt,
+            prompt_embeds,
+            pooled_prompt_embeds,
+            process_size,
+            color_fix,
+            tile_size,
+            tile_overlap,
+            tile_batch_size,
+            vae_tile_size,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        pictures = self.prepare_images(image)
+        if latents is not None and (latents.ndim != 4 or latents.shape[0] != len(pictures)):
+            raise ValueError(f"`latents` must be (B, C, h, w) with B = {len(pictures)}, not {tuple(latents.shape)}.")
+        device, vae, transformer = self._execution_device, self.vae, self.transformer
+
+        # 2. Prompt
+        if prompt is not None:
+            prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
+                prompt=prompt, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
+            )
+        elif prompt_embeds is None:
+            prompt_embeds = self.prompt_embeddings.prompt_embeds
+            pooled_prompt_embeds = self.prompt_embeddings.pooled_prompt_embeds
+        prompt_embeds = prompt_embeds.to(device, transformer.dtype)
+        pooled_prompt_embeds = pooled_prompt_embeds.to(device, transformer.dtype)
+
+        # 3. The step: sigma is timestep / 1000 without the shift that spreads the steps of longer schedules.
+        scheduler = type(self.scheduler).from_config(
+            self.scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None
+        )
+        sigma = self.config.timestep / scheduler.config.num_train_timesteps
+
+        # 4. Units: tiles are counted in latent pixels for the transformer
+        factor = self.vae_scale_factor
+        patch = transformer.config.patch_size
+        latent_tile = tile_size // self.size_multiple * patch
+        latent_overlap = tile_overlap // factor
+        longest = transformer.config.pos_embed_max_size * patch
+        latent_tile = min(latent_tile, longest)
+        latent_overlap = min(latent_overlap, latent_tile - patch) // patch * patch
+        vae_tile = vae_tile_size // self.size_multiple * patch
+        vae_overlap = tile_overlap // self.size_multiple * patch
+        scaling = vae.config.scaling_factor
+        shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.config.use_shift_factor else 0.0
+
+        def encode(pixels: Tensor) -> Tensor:
+            encoded = vae.encode(pixels.to(vae.dtype))
+            if hasattr(encoded, "latents"):
+                return encoded.latents
+            posterior = encoded.latent_dist
+            return posterior.sample(generator) if sample_posterior else posterior.mode()
+
+        def predict(latent_tiles: Tensor) -> Tensor:
+            return transformer(
+                hidden_states=latent_tiles,
+                timestep=timestep.expand(latent_tiles.shape[0]),
+                encoder_hidden_states=prompt_embeds.expand(latent_tiles.shape[0], -1, -1),
+                pooled_projections=pooled_prompt_embeds.expand(latent_tiles.shape[0], -1),
+                return_dict=False,
+            )[0]
+
+        def decode(latent_tiles: Tensor) -> Tensor:
+            return vae.decode(latent_tiles.to(vae.dtype), return_dict=False)[0]
+
+        results = []
+        for index, lq in enumerate(pictures):
+            lq = lq.to(device)
+            size = (lq.shape[-2], lq.shape[-1])
+
+            # 5. Sizes: the result's, the one the networks work at, and that padded to whole patches
+            if height is None and width is None:
+                target = (round(upscale * size[0]), round(upscale * size[1]))
+                working = working_size(size, target, upscale, process_size)
+            else:
+                target = (
+                    height or max(1, round(size[0] * width / size[1])),
+                    width or max(1, round(size[1] * height / size[0])),
+                )
+                working = working_size(size, target, None, process_size)
+
+            # 6. Resize: bicubic, antialiased only where a requested size makes the picture smaller
+            shrinks = working[0] < size[0] or working[1] < size[1]
+            pixels = F.interpolate(lq, size=working, mode="bicubic", align_corners=False, antialias=shrinks)
+            pixels = pad_to_multiple((pixels * 2 - 1).clamp(-1, 1), self.size_multiple)
+
+            # 7. Plan
+            rows, columns = pixels.shape[-2] // factor, pixels.shape[-1] // factor
+            small = rows * columns <= latent_tile**2 and max(rows, columns) <= longest
+            step_tile = max(rows, columns) if small else latent_tile
+            codec_tile = max(rows, columns) if rows * columns <= vae_tile**2 else vae_tile
+            codec_tiles = count_tiles(rows, columns, codec_tile, vae_overlap)
+            total = count_tiles(rows, columns, step_tile, latent_overlap) + codec_tiles * (
+                1 if latents is not None else 2
+            )
+            with self.progress_bar(total=total) as progress_bar:
+
+                def tiles_done(count: int, progress_bar=progress_bar, total=total) -> None:
+                    progress_bar.update(count)
+                    if tile_callback is not None:
+                        tile_callback(progress_bar.n, total)
+
+                # 8. Encode
+                if latents is None:
+                    lq_latents = run_tiled(
+                        encode,
+                        pixels,
+                        codec_tile * factor,
+                        vae_overlap * factor,
+                        scale=Fraction(1, factor),
+                        on_tiles_done=tiles_done,
+                    )
+                    lq_latents = (lq_latents - shift) * scaling
+                else:
+                    lq_latents = latents[index : index + 1].to(device)
+                    if lq_latents.shape[-2:] != (rows, columns):
+                        raise ValueError(
+                            f"`latents` must be {rows}x{columns} for this picture, "
+                            f"not {lq_latents.shape[-2]}x{lq_latents.shape[-1]}."
+                        )
+                lq_latents = lq_latents.to(transformer.dtype)
+
+                # 9. One step
+                scheduler.set_timesteps(sigmas=[sigma], device=device)
+                timestep = scheduler.timesteps[:1].to(lq_latents.dtype)
+                velocity = run_tiled(
+                    predict, lq_latents, step_tile, latent_overlap, tile_batch_size, on_tiles_done=tiles_done
+                )
+                hq_latents = scheduler.step(velocity, scheduler.timesteps[0], lq_latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {name: hq_latents for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, 0, scheduler.timesteps[0], tensors) or {}
+                    hq_latents = changed.get("latents", hq_latents)
+                if output_type == "latent":
+                    results.append(hq_latents)
+                    continue
+
+                # 10. Decode
+                decoded = run_tiled(
+                    decode,
+                    hq_latents / scaling + shift,
+                    codec_tile,
+                    vae_overlap,
+                    scale=Fraction(factor),
+                    on_tiles_done=tiles_done,
+                )
+            decoded = decoded[:, :, : working[0], : working[1]].float()
+            if not torch.isfinite(decoded).all():
+                dtypes = " and ".join(sorted({str(m.dtype).removeprefix("torch.") for m in (vae, transformer)}))
+                raise ValueError(
+                    f"The result holds NaN or Inf: the networks overflowed in {dtypes}; load the pipeline with "
+                    "torch_dtype=torch.bfloat16 or torch.float32."
+                )
+
+            # 11. Size and colour, once for the whole picture
+            picture = decoded.clamp(-1, 1) / 2 + 0.5
+            if working != target:
+                picture = F.interpolate(picture, size=target, mode="bicubic", antialias=True).clamp(0, 1)
+            if color_fix != "none":
+                picture = COLOR_FIXES[color_fix](picture, lq)
+            results.append(picture)
+
+        # 12. Output
+        self.maybe_free_model_hooks()
+        same_size = all(result.shape == results[0].shape for result in results)
+        images: Any
+        if output_type in ("latent", "pt"):
+            images = torch.cat(results) if same_size else [result[0] for result in results]
+        else:
+            arrays = [VaeImageProcessor.pt_to_numpy(result)[0] for result in results]
+            if output_type == "pil":
+                images = [VaeImageProcessor.numpy_to_pil(array)[0] for array in arrays]
+            else:
+                images = np.stack(arrays) if same_size else arrays
+        return TSDSRPipelineOutput(images=images) if return_dict else (images,)
