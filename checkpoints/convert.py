@@ -382,7 +382,7 @@ def _load_network(
             state[key] = weight
     model = component.model
     model.load_state_dict(state, assign=True)
-    return model.to(dtype).requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def _save_lora(

@@ -201,7 +201,8 @@ def _read_config(folder: Path, name: str, expected: tuple[str, ...]) -> dict:
     config = read_json(path, f"the config of the {name}")
     if config.get("_class_name") not in expected:
         raise CheckpointError(
-            f"{path} names a {config.get('_class_name')}, but an SD3 model has {' or '.join(expected)}; name an SD3 model."
+            f"{path} names a {config.get('_class_name')}, but an SD3 model has {' or '.join(expected)}; name an SD3"
+            " model."
         )
     return config
 
@@ -252,7 +253,7 @@ def _lora_fields(sides: dict[str, LoraFile]) -> dict[str, object]:
         for side, lora in sides.items()
     }
     return {
-        "components": {side: "LoRA" for side in sides},
+        "components": dict.fromkeys(sides, "LoRA"),
         "parameters": {side: sum(tensor.numel for tensor in tensors) for side, tensors in used.items()},
         "dtype": _dtypes({lora.header.file: lora.header for lora in sides.values()}.values()),
         "lora_rank": next(iter(ranks.values())) if len(set(ranks.values())) == 1 else ranks,
@@ -311,7 +312,8 @@ def _embedding_fields(files: dict[str, Path]) -> dict[str, object]:
             header = read_header(path)
             if len(header.tensors) != 1:
                 raise CheckpointError(
-                    f"{path} holds {len(header.tensors)} tensors, but one embedding was expected; use the published file."
+                    f"{path} holds {len(header.tensors)} tensors, but one embedding was expected; use the published"
+                    " file."
                 )
             tensor = next(iter(header.tensors.values()))
             shapes[name], dtype = tensor.shape, tensor.dtype

@@ -1,5 +1,6 @@
 """The `tsdsr` command. Each module holds one command: it parses, calls one function and prints."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -37,4 +38,7 @@ def options(
 
 def main() -> None:
     """The entry point of the `tsdsr` script."""
+    # Read when these libraries are first imported: their remarks are for programmers, what matters is raised.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     app()

@@ -178,7 +178,9 @@ def _load(settings: Settings) -> "TSDSRPipeline":
         os.environ["HF_HUB_OFFLINE"] = "1"
     from ..pipelines.loading import load_pipeline
 
-    return load_pipeline(settings.model, **settings.loading)
+    pipeline = load_pipeline(settings.model, **settings.loading)
+    pipeline.set_progress_bar_config(disable=True)  # the command has its own
+    return pipeline
 
 
 def _upscale_one(

@@ -8,7 +8,6 @@ from .picture import Picture
 from .reading import UnreadableImageError, find_images, read
 from .writing import SUPPORTED_OUTPUT_SUFFIXES, write
 
-
 __all__ = [
     "SUPPORTED_OUTPUT_SUFFIXES",
     "Picture",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-
 # ITU-R BT.601, the weights Pillow itself uses between RGB and L.
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 

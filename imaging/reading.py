@@ -125,7 +125,7 @@ def _open_file(name: str) -> BinaryIO:
     if os.path.isdir(name):
         raise UnreadableImageError(f"{name} is a folder; give the path of one picture inside it.")
     try:
-        stream = open(name, "rb")
+        stream = open(name, "rb")  # noqa: SIM115  (the caller closes it)
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{name} does not exist; check the path.") from error
     except (OSError, ValueError) as error:

@@ -12,7 +12,6 @@ from PIL import Image, PngImagePlugin, features
 
 from .picture import Picture, luma
 
-
 _FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -82,8 +81,8 @@ def write(picture: Picture, path: str | Path, *, quality: int = 95) -> Path:
     largest_side = _LARGEST_SIDE.get(format_name)
     if largest_side is not None and max(picture.width, picture.height) > largest_side:
         raise ValueError(
-            f"{path} would be {picture.width} x {picture.height} pixels, but {format_name} allows {largest_side} a side; "
-            "write .png or .tif instead."
+            f"{path} would be {picture.width} x {picture.height} pixels, but {format_name} allows {largest_side} a"
+            " side; write .png or .tif instead."
         )
     if not np.isfinite(picture.rgb).all():
         raise ValueError(f"{path} is not written because the picture holds NaN or infinite values.")

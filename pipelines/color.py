@@ -11,7 +11,7 @@ WAVELET_LEVELS = 5
 
 
 def wavelet_low_frequencies(images: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
-    """A-trous low-pass: the 3x3 binomial kernel with dilations 1, 2, 4, ..., borders repeated (published `wavelet_blur`)."""
+    """A-trous low-pass (published `wavelet_blur`): the 3x3 binomial with dilations 1, 2, 4, ..., borders repeated."""
     taps = images.new_tensor([0.25, 0.5, 0.25])
     # The kernel is separable: two passes of three taps give the 3x3 binomial.
     horizontal = taps.view(1, 1, 1, 3).repeat(images.shape[1], 1, 1, 1)

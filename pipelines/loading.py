@@ -61,7 +61,8 @@ def load_pipeline(model: str | Path = "embedded", *, dtype: str | None = None, d
     local = source.exists()
     if local and not (source / "model_index.json").is_file():
         raise ValueError(
-            f"{source} is not a pipeline folder (it has no model_index.json); `tsdsr convert` makes one of published weights."
+            f"{source} is not a pipeline folder (it has no model_index.json); `tsdsr convert` makes one of published"
+            " weights."
         )
     if not local and (model == "embedded" or Path(model).is_absolute() or str(model).startswith((".", "~"))):
         raise ValueError(f"The model folder {source} does not exist; check the path or use --model embedded.")

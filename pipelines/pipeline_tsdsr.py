@@ -83,7 +83,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: T5TokenizerFast | None = None,
         use_shift_factor: bool = False,
-        timestep: float = 1000,
+        timestep: float = 1000.0,
     ):
         super().__init__()
         self.register_modules(
@@ -191,9 +191,10 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                     item = (
                         np.asarray(item).clip(0, 65535).astype(np.uint16) if deep else np.asarray(item.convert("RGB"))
                     )
-                item = item[..., None] if item.ndim == 2 else item
                 integer = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(item.dtype)
-                batch = VaeImageProcessor.numpy_to_pt(item.astype(np.float32))
+                array = np.ascontiguousarray(item, dtype=np.float32)
+                array = array[None, ..., None] if array.ndim == 2 else array[None] if array.ndim == 3 else array
+                batch = torch.from_numpy(array).movedim(-1, 1) if array.ndim == 4 else torch.from_numpy(array)
             batch = batch.to(device="cpu" if batch.device.type == "mps" else batch.device, dtype=torch.float32)
             if integer:
                 batch = batch / integer
@@ -372,9 +373,8 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             step_tile = max(rows, columns) if small else latent_tile
             codec_tile = max(rows, columns) if rows * columns <= vae_tile**2 else vae_tile
             codec_tiles = count_tiles(rows, columns, codec_tile, vae_overlap)
-            total = count_tiles(rows, columns, step_tile, latent_overlap) + codec_tiles * (
-                1 if latents is not None else 2
-            )
+            codec_passes = (latents is None) + (output_type != "latent")
+            total = count_tiles(rows, columns, step_tile, latent_overlap) + codec_tiles * codec_passes
             with self.progress_bar(total=total) as progress_bar:
 
                 def tiles_done(count: int, progress_bar=progress_bar, total=total) -> None:
@@ -410,7 +410,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                 )
                 hq_latents = scheduler.step(velocity, scheduler.timesteps[0], lq_latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {name: hq_latents for name in callback_on_step_end_tensor_inputs}
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, hq_latents)
                     changed = callback_on_step_end(self, 0, scheduler.timesteps[0], tensors) or {}
                     hq_latents = changed.get("latents", hq_latents)
                 if output_type == "latent":

@@ -12,7 +12,7 @@ from .degradation import DegradationConfig, degrade
 
 
 def photograph_of(path: Path) -> str:
-    """The photograph a crop was cut from: `tr_0012_01.webp` -> `tr_0012`. A name of another form is its own photograph."""
+    """The photograph a crop was cut from: `tr_0012_01.webp` -> `tr_0012`. Other names are their own photographs."""
     parts = path.stem.rsplit("_", 1)
     return parts[0] if len(parts) == 2 and parts[1].isdigit() else path.stem
 

@@ -79,7 +79,7 @@ class Config:
 
 @torch.no_grad()
 def start_as_interpolation(vae: AutoencoderTiny) -> None:
-    """Initialise so that latents 0..2 are the picture's RGB averaged over a latent pixel, and decoding interpolates them.
+    """Initialise so that latents 0..2 are the picture's RGB, averaged, and decoding interpolates them.
 
     Residual blocks start as identities (Fixup initialisation, Zhang et al. 2019), other channels with random features
     that the last convolution does not read yet. From PyTorch's own initialisation the first thousand steps would be
