@@ -113,7 +113,7 @@ def convert_tsdsr(
 
     components = _check_base(base)
     ranks, loras = _check_loras(lora, components)
-    prompt = _check_embeddings(embeddings, components["transformer"].config)
+    prompt = _check_embeddings(embeddings, components["transformer"].model.config)
     deltas = {side: _load_lora(loras[side]) for side in components}
 
     # Here, because the pipeline imports transformers: a flaw above is reported without that wait.
@@ -143,8 +143,10 @@ def convert_tsdsr(
 def _check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
     for path in inputs:
         # Replacing the output must not take an input with it.
-        if path.exists() and output in (path.resolve(), *path.resolve().parents) and output.exists():
+        if path.exists() and path.resolve().is_relative_to(output):
             raise CheckpointError(f"{output} is or contains the input {path}; choose another output folder.")
+        if path.is_dir() and output.is_relative_to(path.resolve()):
+            raise CheckpointError(f"{output} lies inside the input {path}; choose another output folder.")
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output} exists and is not a folder; choose another output folder.")
     if output.is_dir() and any(output.iterdir()):
@@ -297,7 +299,10 @@ def _load_embedding(path: Path) -> torch.Tensor:
             raise CheckpointError(
                 f"{path} holds {len(header.tensors)} tensors, but one embedding was expected; use the published file."
             )
-        tensor = next(iter(load_file(path).values()))
+        try:
+            tensor = next(iter(load_file(path).values()))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); download it again.") from error
     else:
         require_real_content(path, "a tensor saved by torch.save")
         try:
@@ -309,7 +314,7 @@ def _load_embedding(path: Path) -> torch.Tensor:
             raise CheckpointError(
                 f"{path} {found}, but a plain tensor was expected; use the published file."
             ) from error
-        except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        except Exception as error:  # broken bytes lead to errors of any kind, from IndexError to struct.error
             raise CheckpointError(f"{path} is damaged or no file of torch.save; download it again.") from error
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
@@ -366,9 +371,12 @@ def _load_network(
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
         for key, entry in component.header.tensors.items():
-            if entry.file not in files:
-                files[entry.file] = stack.enter_context(safe_open(entry.file, framework="pt", device="cpu"))
-            weight = files[entry.file].get_tensor(key)
+            try:
+                if entry.file not in files:
+                    files[entry.file] = stack.enter_context(safe_open(entry.file, framework="pt", device="cpu"))
+                weight = files[entry.file].get_tensor(key)
+            except SafetensorError as error:
+                raise CheckpointError(f"{entry.file} is damaged ({error}); download it again.") from error
             module = key.removesuffix(".weight")
             if module in lora and module != key:
                 weight = weight.float() + _delta(*lora[module])

@@ -90,12 +90,13 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
-        if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path} is a PyTorch pickle, not a safetensors file; get the file in safetensors format."
-            )
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= _LONGEST_HEADER:
+            # Only here: the length of a true header may begin with these bytes too.
+            if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
+                raise CheckpointError(
+                    f"{path} is a PyTorch pickle, not a safetensors file; get the file in safetensors format."
+                )
             raise CheckpointError(f"{path} does not begin with a safetensors header; download it again.")
         if 8 + length > size:
             raise CheckpointError(
@@ -105,12 +106,12 @@ def read_header(path: Path) -> Header:
         raw = file.read(length)
     try:
         entries = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
+        metadata = dict(entries.pop("__metadata__", None) or {})
         tensors = {
-            key: Tensor(FLOAT_TYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]), path)
+            key: Tensor(FLOAT_TYPES.get(entry["dtype"], entry["dtype"]), tuple(map(int, entry["shape"])), path)
             for key, entry in entries.items()
         }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} has an unreadable safetensors header; download it again.") from error
     if 8 + length + end != size:
@@ -153,10 +154,11 @@ def read_component_header(folder: Path) -> Header:
             return read_header(folder / single)
         if (folder / index).is_file():
             weight_map = read_json(folder / index, "the index of a sharded model").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
+            names = weight_map.values() if isinstance(weight_map, dict) else ()
+            if not names or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"{folder / index} has no weight_map that names the shards; download it again.")
             tensors: dict[str, Tensor] = {}
-            for shard in sorted(set(weight_map.values())):
+            for shard in sorted(set(names)):
                 tensors.update(read_header(folder / shard).tensors)
             return Header(folder / index, tensors, {})
     raise CheckpointError(

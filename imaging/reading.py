@@ -81,8 +81,10 @@ def read(source: str | Path | BinaryIO, allow_large: bool = False) -> Picture:
         try:
             image = stack.enter_context(Image.open(stream))
             layout = _layout(image)
+            # Pillow turns a TIFF upright while it decodes it; everything else is turned by `_orient`.
+            turned = image.format == "TIFF" and _swaps_sides(image)
             image.load()
-            return _to_picture(image, layout)
+            return _to_picture(image, layout, turned or _swaps_sides(image))
         except Exception as error:
             # Decoders meet damaged data with exceptions of nearly every type (SyntaxError, struct.error, EOFError,
             # IndexError, zlib.error, OverflowError, ...): any of them means the file is at fault.
@@ -182,10 +184,12 @@ _bomb_limit_saved: int | None = None
 
 @contextmanager
 def _bomb_limit(lifted: bool) -> Iterator[None]:
-    """Silences Pillow's warning about large pictures, which is below its limit; lifts the limit itself if asked."""
+    """Lifts Pillow's limit if asked, and silences its warnings: about pictures near the limit, and about damaged
+    metadata, which is left out.
+    """
     global _bomb_limit_lifters, _bomb_limit_saved
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         if not lifted:
             yield
             return
@@ -216,11 +220,23 @@ def _layout(image: Image.Image) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _to_picture(image: Image.Image, layout: str) -> Picture:
+def _swaps_sides(image: Image.Image) -> bool:
+    """Whether rows of the file are columns of the upright picture: by a quarter turn or a transposition."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:
+        return False
+
+
+def _to_picture(image: Image.Image, layout: str, turned: bool) -> Picture:
     exif = _orient(image)
     # `info` and not `text` has the values, because there the orientation was also taken out of the XMP packet.
     text = {key: str(image.info.get(key, value)) for key, value in getattr(image, "text", {}).items()}
     dpi = _dpi(image.info.get("dpi"))
+    if image.format == "TIFF" and ExifTags.Base.XResolution not in image.tag_v2:
+        dpi = None  # Pillow gives 1 pixel per inch where the file gives nothing
+    if dpi is not None and turned:
+        dpi = dpi[1], dpi[0]
     profile = image.info.get("icc_profile") or None
     if image.mode in ("CMYK", "LAB"):
         image = _to_srgb(image, profile)

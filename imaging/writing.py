@@ -35,6 +35,8 @@ _FORMATS_WITHOUT_ALPHA = ("JPEG", "BMP")
 _FORMATS_WITHOUT_GREY = ("WEBP", "AVIF")
 # libjpeg: JPEG_MAX_DIMENSION; libwebp: WEBP_MAX_DIMENSION; AV1: 16-bit frame size.
 _LARGEST_SIDE = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65536}
+# Pixels per inch that fit the field: JFIF's 16 bits, and the 31 bits for pixels per metre of PNG and BMP.
+_LARGEST_DPI = {"JPEG": 65535, "PNG": 54_000_000, "BMP": 54_000_000}
 # An APP1 segment counts its own two length bytes in 16 bits.
 _LARGEST_JPEG_EXIF = 65533
 # Chroma at half resolution would undo part of an upscaling that asks for high quality.
@@ -54,7 +56,8 @@ def write(picture: Picture, path: str | Path, *, quality: int = 95) -> Path:
     * Alpha: kept by PNG, TIFF, WebP and AVIF; composited on white for JPEG and BMP.
     * Grey: kept, except by WebP and AVIF, which store colour only; a GRAY profile is left out there.
     * Metadata: profile, EXIF and resolution are kept where the format has a place for them (BMP: resolution only;
-      WebP and AVIF: profile and EXIF; JPEG: EXIF up to 64 KiB), text chunks by PNG.
+      WebP and AVIF: profile and EXIF; JPEG: EXIF up to 64 KiB), text chunks by PNG. A resolution below 1 pixel per
+      inch, or too large for the format, is left out.
 
     Args:
         path: destination, in an existing folder; a symbolic link is followed. Suffixes: `SUPPORTED_OUTPUT_SUFFIXES`.
@@ -84,7 +87,7 @@ def write(picture: Picture, path: str | Path, *, quality: int = 95) -> Path:
             f"{path} would be {picture.width} x {picture.height} pixels, but {format_name} allows {largest_side} a"
             " side; write .png or .tif instead."
         )
-    if not np.isfinite(picture.rgb).all():
+    if not np.isfinite(picture.rgb).all() or not (picture.alpha is None or np.isfinite(picture.alpha).all()):
         raise ValueError(f"{path} is not written because the picture holds NaN or infinite values.")
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -149,7 +152,7 @@ def _save_options(picture: Picture, format_name: str, quality: int) -> dict[str,
         options["icc_profile"] = picture.icc_profile
     if picture.exif is not None and not (format_name == "JPEG" and len(picture.exif) > _LARGEST_JPEG_EXIF):
         options["exif"] = picture.exif
-    if picture.dpi is not None:
+    if picture.dpi is not None and all(1 <= value <= _LARGEST_DPI.get(format_name, value) for value in picture.dpi):
         options["dpi"] = picture.dpi
     return options
 

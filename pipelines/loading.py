@@ -68,9 +68,7 @@ def load_pipeline(model: str | Path = "embedded", *, dtype: str | None = None, d
         raise ValueError(f"The model folder {source} does not exist; check the path or use --model embedded.")
     if not local and not _is_hub_id(str(model)):
         raise ValueError(f"{str(model)!r} is neither a folder nor a Hub id of the form owner/name.")
-    pipeline = TSDSRPipeline.from_pretrained(
-        str(source) if local else str(model), torch_dtype=chosen, local_files_only=local
-    )
+    pipeline = TSDSRPipeline.from_pretrained(str(source) if local else str(model), dtype=chosen, local_files_only=local)
     if local and (source / LORA_FILE).is_file():
         pipeline.load_lora_weights(str(source), weight_name=LORA_FILE, local_files_only=True)
     if chosen == torch.float32 or target.type != "cpu":

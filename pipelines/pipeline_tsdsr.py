@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -376,11 +377,14 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             codec_passes = (latents is None) + (output_type != "latent")
             total = count_tiles(rows, columns, step_tile, latent_overlap) + codec_tiles * codec_passes
             with self.progress_bar(total=total) as progress_bar:
+                done = 0
 
                 def tiles_done(count: int, progress_bar=progress_bar, total=total) -> None:
+                    nonlocal done
+                    done += count
                     progress_bar.update(count)
                     if tile_callback is not None:
-                        tile_callback(progress_bar.n, total)
+                        tile_callback(done, total)
 
                 # 8. Encode
                 if latents is None:
@@ -431,7 +435,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                 dtypes = " and ".join(sorted({str(m.dtype).removeprefix("torch.") for m in (vae, transformer)}))
                 raise ValueError(
                     f"The result holds NaN or Inf: the networks overflowed in {dtypes}; load the pipeline with "
-                    "torch_dtype=torch.bfloat16 or torch.float32."
+                    "dtype=torch.bfloat16 or torch.float32."
                 )
 
             # 11. Size and colour, once for the whole picture
@@ -455,3 +459,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             else:
                 images = np.stack(arrays) if same_size else arrays
         return TSDSRPipelineOutput(images=images) if return_dict else (images,)
+
+
+# `DiffusionPipeline.from_pretrained` looks up the class that model_index.json names among diffusers' own.
+diffusers.TSDSRPipeline = TSDSRPipeline

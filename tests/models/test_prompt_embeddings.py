@@ -1,0 +1,29 @@
+"""The fixed prompt as a component."""
+
+import pytest
+import torch
+
+from tsdsr import PromptEmbeddings
+
+
+def test_saved_and_loaded(tmp_path):
+    prompt, pooled = torch.randn(1, 3, 12), torch.randn(1, 10)
+    PromptEmbeddings.from_tensors(prompt, pooled).save_pretrained(tmp_path)
+    loaded = PromptEmbeddings.from_pretrained(tmp_path, local_files_only=True)
+    assert torch.equal(loaded.prompt_embeds, prompt) and torch.equal(loaded.pooled_prompt_embeds, pooled)
+
+
+def test_batch_repeats_the_prompt():
+    module = PromptEmbeddings.from_tensors(torch.randn(1, 3, 12), torch.randn(1, 10))
+    prompt, pooled = module(4)
+    assert prompt.shape == (4, 3, 12) and pooled.shape == (4, 10)
+    assert torch.equal(prompt[3], module.prompt_embeds[0]) and torch.equal(pooled[3], module.pooled_prompt_embeds[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pooled", "named"),
+    [((2, 3, 12), (1, 10), "prompt_embeds"), ((1, 3, 12), (10,), "pooled_prompt_embeds"), ((3, 12), (1, 10), "prompt")],
+)
+def test_wrong_shapes_are_named(prompt, pooled, named):
+    with pytest.raises(ValueError, match=named):
+        PromptEmbeddings.from_tensors(torch.zeros(prompt), torch.zeros(pooled))

@@ -1,0 +1,296 @@
+"""The pipeline call: sizes, types, what it must not change, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from tsdsr import TSDSRPipeline
+
+SMALL = {"process_size": 32, "tile_size": 32, "tile_overlap": 8}
+
+
+@pytest.mark.parametrize("vae", ["tiny", "kl"])
+@pytest.mark.parametrize(
+    ("size", "upscale"), [((1, 1), 4), ((3, 40), 4), ((31, 17), 4), ((9, 8), 1), ((10, 11), 1.5), ((5, 7), 2.7)]
+)
+def test_result_has_exactly_the_rounded_size(make_pipeline, picture, vae, size, upscale):
+    images = make_pipeline(vae)(picture(*size), upscale=upscale, output_type="np", **SMALL).images
+    assert images.shape == (1, round(upscale * size[0]), round(upscale * size[1]), 3)
+    assert images.dtype == np.float32 and images.min() >= 0 and images.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"height": 30, "width": 50}, (30, 50)),
+        ({"height": 40}, (40, 80)),
+        ({"width": 50}, (25, 50)),
+        ({"height": 5}, (5, 10)),  # smaller than the picture
+    ],
+)
+def test_target_size_in_pixels(make_pipeline, picture, arguments, expected):
+    images = make_pipeline()(picture(10, 20), **arguments, output_type="pt", **SMALL).images
+    assert images.shape == (1, 3, *expected)
+
+
+def test_all_forms_of_one_picture_give_the_same_result(make_pipeline):
+    pipeline = make_pipeline()
+    array = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    chw = torch.from_numpy(array).permute(2, 0, 1)
+    forms = [
+        Image.fromarray(array),
+        array,
+        array[None],
+        array.astype(np.float32) / 255,
+        array.astype(np.uint16) * 257,
+        chw,
+        chw[None].float() / 255,
+        [Image.fromarray(array)],
+        Image.fromarray(array).convert("RGBA"),
+    ]
+    results = [pipeline(form, output_type="pt", **SMALL).images for form in forms]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-5)
+
+
+def test_16_bit_grey_is_not_clipped(make_pipeline):
+    pipeline = make_pipeline()
+    grey = np.linspace(0, 65535, 72).astype(np.uint16).reshape(8, 9)
+    from_pil = pipeline(Image.fromarray(grey), output_type="pt", **SMALL).images
+    from_float = pipeline(grey.astype(np.float32) / 65535, output_type="pt", **SMALL).images
+    torch.testing.assert_close(from_pil, from_float)
+
+
+def test_list_of_mixed_sizes_equals_single_calls(make_pipeline, picture):
+    pipeline = make_pipeline()
+    pictures = [picture(6, 9), picture(8, 5, seed=1)]
+    together = pipeline(pictures, output_type="np", **SMALL).images
+    for one, result in zip(pictures, together, strict=True):
+        np.testing.assert_allclose(result, pipeline(one, output_type="np", **SMALL).images[0], atol=1e-6)
+    assert [image.size for image in pipeline(pictures, **SMALL).images] == [(36, 24), (20, 32)]
+
+
+def test_pil_output_is_rounded_not_truncated(make_pipeline, picture):
+    pipeline = make_pipeline()
+    values = pipeline(picture(8, 8), output_type="np", **SMALL).images[0]
+    pil = pipeline(picture(8, 8), **SMALL).images[0]
+    np.testing.assert_array_equal(np.asarray(pil), np.round(values * 255).astype(np.uint8))
+
+
+def test_result_is_one_euler_step_from_sigma_1_to_0(make_pipeline, picture):
+    """z0 = z - v at t = 1000, without the VAE's shift and without the scheduler's shift of sigmas."""
+    pipeline = make_pipeline("kl")
+    image = picture(8, 8)
+    lq = torch.from_numpy(image).permute(2, 0, 1)[None]
+    pixels = torch.nn.functional.interpolate(lq, scale_factor=4, mode="bicubic") * 2 - 1
+    latents = pipeline.vae.encode(pixels.clamp(-1, 1)).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    velocity = pipeline.transformer(
+        hidden_states=latents,
+        timestep=torch.tensor([1000.0]),
+        encoder_hidden_states=pipeline.prompt_embeddings.prompt_embeds,
+        pooled_projections=pipeline.prompt_embeddings.pooled_prompt_embeds,
+    ).sample
+    result = pipeline(image, output_type="latent", **SMALL).images
+    torch.testing.assert_close(result, latents - velocity)
+    decoded = pipeline.vae.decode(result / pipeline.vae.config.scaling_factor).sample
+    expected = (decoded / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pipeline(image, output_type="pt", color_fix="none", **SMALL).images, expected)
+
+
+def test_shift_factor_and_timestep_come_from_the_saved_config(make_pipeline, picture, tmp_path):
+    plain = make_pipeline("kl")
+    shifted = make_pipeline("kl", use_shift_factor=True, timestep=900.0)
+    shifted.save_pretrained(tmp_path)
+    loaded = TSDSRPipeline.from_pretrained(tmp_path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config.use_shift_factor is True and loaded.config.timestep == 900
+    image = picture(8, 8)
+    expected = shifted(image, output_type="pt", **SMALL).images
+    torch.testing.assert_close(loaded(image, output_type="pt", **SMALL).images, expected)
+    assert (plain(image, output_type="pt", **SMALL).images - expected).abs().max() > 1e-3
+
+    # v scaled by sigma = 0.9, latents shifted
+    seen = {}
+    shifted.transformer.register_forward_hook(
+        lambda _, args, kwargs, out: seen.update(kwargs, v=out[0]), with_kwargs=True
+    )
+    result = shifted(image, output_type="latent", **SMALL).images
+    assert float(seen["timestep"]) == pytest.approx(900)
+    torch.testing.assert_close(result, seen["hidden_states"] - 0.9 * seen["v"])
+
+
+def test_stock_loader_finds_the_class(make_pipeline, picture, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is TSDSRPipeline
+    expected = pipeline(picture(8, 8), output_type="pt", **SMALL).images
+    torch.testing.assert_close(loaded(picture(8, 8), output_type="pt", **SMALL).images, expected)
+
+
+def test_a_call_changes_no_component(make_pipeline, picture):
+    pipeline = make_pipeline("kl")
+    before = {
+        name: {key: value.clone() for key, value in module.state_dict().items()}
+        for name, module in pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    configs = {name: dict(module.config) for name, module in pipeline.components.items() if module is not None}
+    scheduler_state = dict(pipeline.scheduler.__dict__)
+    pipeline(picture(20, 20), **SMALL)
+    for name, state in before.items():
+        for key, value in pipeline.components[name].state_dict().items():
+            assert value.dtype == state[key].dtype and torch.equal(value, state[key]), (name, key)
+    assert configs == {name: dict(module.config) for name, module in pipeline.components.items() if module is not None}
+    assert pipeline.vae.use_tiling is False
+    for key, value in scheduler_state.items():
+        assert value is pipeline.scheduler.__dict__[key], key
+
+
+def test_posterior_mode_by_default_and_seeded_draw_on_request(make_pipeline, picture):
+    pipeline = make_pipeline("kl")
+
+    def run(**arguments):
+        return pipeline(picture(8, 8), output_type="pt", **SMALL, **arguments).images
+
+    assert torch.equal(run(), run())
+    draws = [run(sample_posterior=True, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], run())
+
+
+@pytest.mark.parametrize("tile_batch_size", [2, 3, 100])
+def test_tile_batch_size_does_not_change_the_result(make_pipeline, picture, tile_batch_size):
+    pipeline = make_pipeline()
+    arguments = {"output_type": "pt", "color_fix": "none", **SMALL}
+    one = pipeline(picture(20, 26), tile_batch_size=1, **arguments).images
+    more = pipeline(picture(20, 26), tile_batch_size=tile_batch_size, **arguments).images
+    torch.testing.assert_close(more, one, rtol=0, atol=1e-5)
+
+
+def test_vae_tiles_cover_the_picture(make_pipeline, picture):
+    """AutoencoderTiny has only local layers: with enough overlap, tiled and untiled agree away from tile borders."""
+    pipeline = make_pipeline()
+    pipeline.transformer.proj_out.weight.data.zero_()
+    pipeline.transformer.proj_out.bias.data.zero_()
+    arguments = {"output_type": "pt", "color_fix": "none", "process_size": 0, "tile_size": 64, "tile_overlap": 32}
+    whole = pipeline(picture(40, 40), **arguments).images
+    tiled = pipeline(picture(40, 40), vae_tile_size=64, **arguments).images
+    assert (whole - tiled).abs().mean() < 2e-3
+
+
+def test_tile_callback_counts_up_to_its_total(make_pipeline, picture):
+    seen = []
+    make_pipeline()(picture(20, 26), tile_callback=lambda done, total: seen.append((done, total)), **SMALL)
+    totals = {total for _, total in seen}
+    assert len(totals) == 1 and seen[-1][0] == totals.pop() > 4
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_step_callback_may_replace_latents(make_pipeline, picture):
+    pipeline = make_pipeline()
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append((pipe, index, float(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    result = pipeline(picture(8, 8), output_type="latent", callback_on_step_end=callback, **SMALL).images
+    assert seen == [(pipeline, 0, 1000.0)] and not result.any()
+
+
+def test_given_latents_replace_the_encoder(make_pipeline, picture):
+    pipeline = make_pipeline("kl")
+    captured = []
+    handle = pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: captured.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    expected = pipeline(picture(8, 8), output_type="pt", **SMALL).images
+    handle.remove()
+    result = pipeline(picture(8, 8), latents=captured[0], output_type="pt", **SMALL).images
+    torch.testing.assert_close(result, expected)
+    with pytest.raises(ValueError, match="must be 16x16"):
+        pipeline(picture(8, 8), latents=captured[0][:, :, :4], **SMALL)
+
+
+def test_prompt_embeds_take_the_place_of_the_fixed_prompt(make_pipeline, picture):
+    pipeline = make_pipeline()
+    fixed = pipeline.prompt_embeddings
+    same = {"prompt_embeds": fixed.prompt_embeds.data, "pooled_prompt_embeds": fixed.pooled_prompt_embeds.data}
+    other = {name: value + 1 for name, value in same.items()}
+    results = [pipeline(picture(8, 8), output_type="latent", **SMALL, **prompt).images for prompt in ({}, same, other)]
+    assert torch.equal(results[0], results[1])
+    assert not torch.allclose(results[0], results[2], atol=1e-3)
+
+
+def test_nan_names_the_dtype_and_the_mend(make_pipeline, picture):
+    pipeline = make_pipeline()
+    pipeline.transformer.proj_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"float32.*dtype=torch\.bfloat16 or torch\.float32"):
+        pipeline(picture(8, 8), **SMALL)
+
+
+def test_half_precision_runs(make_pipeline, picture):
+    pipeline = make_pipeline("kl")
+    expected = pipeline(picture(8, 8), output_type="pt", **SMALL).images
+    pipeline.to(dtype=torch.bfloat16)
+    result = pipeline(picture(8, 8), output_type="pt", **SMALL).images
+    assert result.dtype == torch.float32
+    assert (result - expected).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"upscale": 0.5}, "upscale"),
+        ({"upscale": float("nan")}, "upscale"),
+        ({"upscale": "4"}, "upscale"),
+        ({"height": 0}, "height"),
+        ({"width": 1.5}, "width"),
+        ({"color_fix": "sepia"}, "color_fix"),
+        ({"tile_size": 4}, "tile_size"),
+        ({"tile_overlap": 32, "tile_size": 32}, "tile_overlap"),
+        ({"tile_overlap": -1}, "tile_overlap"),
+        ({"tile_batch_size": 0}, "tile_batch_size"),
+        ({"vae_tile_size": 0}, "vae_tile_size"),
+        ({"process_size": -1}, "process_size"),
+        ({"output_type": "jpeg"}, "output_type"),
+        ({"prompt": "sharp"}, "text encoders"),
+        ({"prompt": "sharp", "prompt_embeds": torch.zeros(1, 3, 12)}, "not both"),
+        ({"prompt_embeds": torch.zeros(1, 3, 12)}, "together"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, "latents"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(make_pipeline, picture, arguments, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        make_pipeline()(picture(8, 8), **arguments)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "photo.jpg",
+        [],
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 5), np.uint8),
+        np.full((4, 4, 3), 255.0),
+        np.full((4, 4, 3), np.nan),
+        torch.zeros(4),
+    ],
+)
+def test_bad_images_are_one_sentence(make_pipeline, image):
+    with pytest.raises(ValueError, match="`image`") as caught:
+        make_pipeline()(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_tuple_instead_of_output(make_pipeline, picture):
+    (images,) = make_pipeline()(picture(8, 8), return_dict=False, **SMALL)
+    assert images[0].size == (32, 32)
