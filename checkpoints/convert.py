@@ -145,8 +145,6 @@ def _check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...]) -> No
         # Replacing the output must not take an input with it.
         if path.exists() and path.resolve().is_relative_to(output):
             raise CheckpointError(f"{output} is or contains the input {path}; choose another output folder.")
-        if path.is_dir() and output.is_relative_to(path.resolve()):
-            raise CheckpointError(f"{output} lies inside the input {path}; choose another output folder.")
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output} exists and is not a folder; choose another output folder.")
     if output.is_dir() and any(output.iterdir()):

@@ -170,7 +170,9 @@ def _results_of_others(sources: list[Source], jobs: list[Job]) -> set[Path]:
 def _refuse_inputs(jobs: list[Job]) -> None:
     inputs = {_identity(job.source) for job in jobs}
     for job in jobs:
-        if job.output.exists() and _identity(job.output) in inputs:
+        # Resolved, because `new/../a.png` is only there once `new` has been made.
+        output = job.output.resolve()
+        if output.exists() and _identity(output) in inputs:
             raise ValueError(
                 f"{job.output} is one of the pictures to upscale and is never overwritten: choose another -o."
             )

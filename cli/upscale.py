@@ -61,6 +61,10 @@ class Settings:
     debug: bool = False
 
 
+class _Refusal(ValueError):
+    """What the pipeline says to an argument, as it would for every picture."""
+
+
 def upscale(
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT...", help="Pictures, and folders of pictures.", show_default=False)
@@ -82,7 +86,7 @@ def upscale(
     process_size: Annotated[int | None, typer.Option(help="Smaller pictures are worked on at this size.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to run in.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of what is random.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of what is random.")] = None,
     file_format: Annotated[
         Format | None, typer.Option("--format", help="File format of results (default: OUT's, or png).")
     ] = None,
@@ -114,7 +118,7 @@ def upscale(
         sources = collect(inputs, find_images)
         factor = _pipeline_default if upscale is None else lambda: upscale
         jobs = plan(sources, output, _value(file_format), factor, SUPPORTED_OUTPUT_SUFFIXES)
-        todo = [job for job in jobs if overwrite or not job.output.exists()]
+        todo = [job for job in jobs if overwrite or not job.output.resolve().exists()]
         for job in jobs:
             if job not in todo:
                 typer.echo(f"kept {job.output} (--overwrite replaces it)")
@@ -152,7 +156,7 @@ def run(jobs: list[Job], settings: Settings, display: "Display") -> None:
                 try:
                     line = _upscale_one(pipeline, picture, job, settings, display)
                 except Exception as error:
-                    if isinstance(error, ValueError) and not written:
+                    if isinstance(error, _Refusal) and not written:
                         raise
                     problem = _in_cli_words(error)
                 else:
@@ -176,8 +180,11 @@ def _load(settings: Settings) -> "TSDSRPipeline":
     if settings.model == "embedded" or Path(settings.model).exists():
         # Read by huggingface_hub when it is first imported: a model that is here needs no network.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    from diffusers.utils.logging import disable_progress_bar
+
     from ..pipelines.loading import load_pipeline
 
+    disable_progress_bar()  # of loading, which is written to log files too
     pipeline = load_pipeline(settings.model, **settings.loading)
     pipeline.set_progress_bar_config(disable=True)  # the command has its own
     return pipeline
@@ -197,7 +204,10 @@ def _upscale_one(
     if settings.seed is not None:
         # A generator a picture: its result does not depend on which pictures came before.
         calling["generator"] = torch.Generator("cpu").manual_seed(settings.seed)
-    result = pipeline(image=picture.rgb, output_type="np", tile_callback=display.tiles, **calling).images[0]
+    try:
+        result = pipeline(image=picture.rgb, output_type="np", tile_callback=display.tiles, **calling).images[0]
+    except ValueError as error:
+        raise _Refusal(str(error)) from error
     finished = picture.with_rgb(result)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     write(finished, job.output, **settings.writing)
@@ -216,7 +226,11 @@ def _in_cli_words(error: Exception) -> Exception:
     """The same problem, with the mend said as an option of this command."""
     if isinstance(error, ValueError) and "allow_large=True" in str(error):
         return ValueError(str(error).replace("allow_large=True", "--allow-large"))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    # CUDA has a class for it, the CPU's allocator and MPS only have words.
+    torch_says = type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    )
+    if isinstance(error, MemoryError) or torch_says:
         return MemoryError("not enough memory; try a smaller --tile-size or --tile-batch-size, or --device cpu.")
     return error
 

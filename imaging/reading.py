@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from .picture import Picture
 
@@ -233,7 +233,7 @@ def _to_picture(image: Image.Image, layout: str, turned: bool) -> Picture:
     # `info` and not `text` has the values, because there the orientation was also taken out of the XMP packet.
     text = {key: str(image.info.get(key, value)) for key, value in getattr(image, "text", {}).items()}
     dpi = _dpi(image.info.get("dpi"))
-    if image.format == "TIFF" and ExifTags.Base.XResolution not in image.tag_v2:
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and ExifTags.Base.XResolution not in image.tag_v2:
         dpi = None  # Pillow gives 1 pixel per inch where the file gives nothing
     if dpi is not None and turned:
         dpi = dpi[1], dpi[0]

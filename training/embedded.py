@@ -242,6 +242,8 @@ def train_stage(
     resume: bool,
 ) -> None:
     """Run one stage; afterwards `model` holds the averaged (EMA) weights, also saved as `STAGE.safetensors`."""
+    # Each stage draws from its own seed: what it does not depend on whether the run was interrupted before it.
+    set_seed(config.seed + 1 + config.stages.index(stage))
     accelerator = Accelerator()
     one_step = stage.kind == "student"
     trained = model if one_step else model.vae

@@ -1,0 +1,55 @@
+"""The second-order degradation: seeded, of the right size, and with the statistics its parameters ask for."""
+
+import pytest
+import torch
+
+from tsdsr.training.degradation import degrade
+
+
+def photograph(batch=1, size=64, seed=0):
+    noise = torch.rand(batch, 3, size // 16, size // 16, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic").clamp(0, 1)
+
+
+def run(hq, seed=0):
+    return degrade(hq, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 128)])
+def test_a_quarter_of_the_size_in_8_bit_levels(height, width):
+    hq = torch.rand(2, 3, height, width)
+    lq = run(hq)
+    assert lq.shape == (2, 3, height // 4, width // 4)
+    assert lq.min() >= 0 and lq.max() <= 1
+    torch.testing.assert_close(lq * 255, (lq * 255).round(), atol=1e-3, rtol=0)
+
+
+def test_seeded():
+    hq = photograph(2)
+    assert torch.equal(run(hq, 3), run(hq, 3))
+    assert not torch.equal(run(hq, 3), run(hq, 4))
+
+
+def test_every_picture_of_a_batch_is_damaged_in_its_own_way():
+    hq = photograph().expand(4, -1, -1, -1)
+    lq = run(hq)
+    assert all((lq[0] - other).abs().mean() > 1e-3 for other in lq[1:])
+
+
+def test_brightness_stays_and_detail_goes():
+    """Over many draws the mean is kept, and the result is farther from the picture than plain reduction is."""
+    hq = photograph(64, 64, seed=1)
+    lq = run(hq)
+    small = torch.nn.functional.interpolate(hq, scale_factor=0.25, mode="bicubic", antialias=True)
+    assert (lq.mean((2, 3)) - small.mean((2, 3))).abs().mean() < 0.03
+    psnr = -10 * torch.log10((lq - small).square().mean((1, 2, 3)))
+    assert 15 < psnr.mean() < 32
+    assert psnr.std() > 2  # mild and strong damage both occur
+
+
+def test_global_random_state_is_left_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    run(photograph())
+    assert torch.equal(torch.rand(3), expected)
