@@ -1,6 +1,7 @@
 """The README.md of a converted pipeline, and what is known about the licence of its base."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,7 +32,7 @@ def read_front_matter(folder: Path) -> dict[str, object]:
 def known_base(transformer_config: dict) -> str | None:
     """The Hub name of the Stability AI model that has a transformer of this size, or None."""
     width = transformer_config.get("num_attention_heads", 0) * transformer_config.get("attention_head_dim", 0)
-    size = (transformer_config.get("num_layers"), width, bool(transformer_config.get("qk_norm")))
+    size: Any = (transformer_config.get("num_layers"), width, bool(transformer_config.get("qk_norm")))
     return _STABILITY_BASES.get(size)
 
 

@@ -1,6 +1,6 @@
-"""Makes the picture at the top of the README: left the small photograph, enlarged by bicubic interpolation; right `tsdsr`.
+"""Makes the picture at the top of the README: left the small photograph enlarged by bicubic interpolation, right ours.
 
-    python docs/before_after.py docs/images/flower.jpg docs/images/before_after.jpg
+python docs/before_after.py docs/images/flower.jpg docs/images/before_after.jpg
 """
 
 import sys

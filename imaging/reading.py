@@ -302,7 +302,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:  # it is None where a picture is converted in place
+                return converted
         except ImageCms.PyCMSError:
             # A damaged or mismatched profile costs colour accuracy, not the picture.
             pass
@@ -344,7 +346,10 @@ def _decode_16_bit_grey(image: Image.Image, layout: str) -> tuple[np.ndarray, np
     transparency = image.info.get("transparency")
     alpha = (values != transparency).astype(np.float32) if isinstance(transparency, int) else None
     # Pillow inverts "white is zero" TIFFs (PhotometricInterpretation 0) of up to 8 bits, but not these.
-    if image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0:
+    if (
+        isinstance(image, TiffImagePlugin.TiffImageFile)
+        and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+    ):
         values = largest - values
     return np.clip(values.astype(np.float32) / largest, 0.0, 1.0), alpha
 

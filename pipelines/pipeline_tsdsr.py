@@ -303,9 +303,8 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt=prompt, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
             )
-        elif prompt_embeds is None:
-            prompt_embeds = self.prompt_embeddings.prompt_embeds
-            pooled_prompt_embeds = self.prompt_embeddings.pooled_prompt_embeds
+        elif prompt_embeds is None or pooled_prompt_embeds is None:
+            prompt_embeds, pooled_prompt_embeds = self.prompt_embeddings(1)
         prompt_embeds = prompt_embeds.to(device, transformer.dtype)
         pooled_prompt_embeds = pooled_prompt_embeds.to(device, transformer.dtype)
 

@@ -5,6 +5,7 @@ Pure functions of sizes and tensors; the pipeline calls them, they know nothing 
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ def run_tiled(
         if on_tiles_done:
             on_tiles_done(1)
         return result
-    total = weight_sum = None
+    total: Any = None
     for first in range(0, len(corners), batch_size):
         group = corners[first : first + batch_size]
         tiles = torch.cat([x[:, :, top : top + tile_height, left : left + tile_width] for top, left in group])

@@ -161,6 +161,12 @@ def test_lossy_formats_keep_alpha(tmp_path, suffix):
     np.testing.assert_allclose(again.rgb[:, 20:], 0.5, atol=0.03)
 
 
+@pytest.mark.skipif(".webp" not in SUPPORTED_OUTPUT_SUFFIXES, reason="this Pillow has no WebP")
+def test_webp_keeps_the_colour_under_full_transparency(ramp, tmp_path):
+    write(colour(ramp, alpha=np.zeros(ramp.shape[:2], np.float32)), tmp_path / "photo.webp")
+    assert np.abs(read(tmp_path / "photo.webp").rgb - unit(ramp)).mean() < 0.03
+
+
 # Metadata
 
 
