@@ -51,7 +51,7 @@ class DegradedBatches(Dataset):
         sizes: crop side s in pixels -> (probability, batch size).
         steps: number of batches.
         seed: of all draws.
-        degradation: ranges of the damage.
+        mild_probability: share of the batches that `DegradationConfig.mild` damages, instead of the published ranges.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class DegradedBatches(Dataset):
         sizes: dict[int, tuple[float, int]],
         steps: int,
         seed: int,
-        degradation: DegradationConfig | None = None,
+        mild_probability: float = 0.0,
     ):
         self.images, self.sizes, self.steps, self.seed = images, sizes, steps, seed
-        self.degradation = degradation or DegradationConfig()
+        self.mild_probability = mild_probability
 
     def __len__(self) -> int:
         return self.steps
@@ -85,4 +85,5 @@ class DegradedBatches(Dataset):
                 crop = crop.flip(2)
             crops.append(torch.rot90(crop, draw(4), (1, 2)))
         hq = torch.stack(crops).float() / 255
-        return {"lq": degrade(hq, generator, self.degradation), "hq": hq}
+        mild = float(torch.rand((), generator=generator)) < self.mild_probability
+        return {"lq": degrade(hq, generator, DegradationConfig.mild() if mild else DegradationConfig()), "hq": hq}

@@ -63,6 +63,36 @@ class DegradationConfig:
     )
     final_sinc_probability: float = 0.8
 
+    @classmethod
+    def mild(cls) -> "DegradationConfig":
+        """What a fair camera and careful saving do: optical blur, a little noise, JPEG of high quality.
+
+        Not published; a share of it in training keeps the fine texture of pictures that have any.
+        """
+        return cls(
+            first=StageConfig(
+                blur_probability=1.0,
+                blur_sigma=(0.5, 3.0),
+                resize_probabilities=(0.0, 0.3, 0.7),
+                resize_range=(0.5, 1.0),
+                gaussian_noise_sigma=(0.0, 4.0),
+                poisson_noise_scale=(0.0, 0.4),
+                sinc_probability=0.05,
+                jpeg_quality=(85.0, 100.0),
+            ),
+            second=StageConfig(
+                blur_probability=0.2,
+                blur_sigma=(0.2, 0.8),
+                resize_probabilities=(0.1, 0.1, 0.8),
+                resize_range=(0.8, 1.2),
+                gaussian_noise_sigma=(0.0, 2.5),
+                poisson_noise_scale=(0.0, 0.2),
+                sinc_probability=0.0,
+                jpeg_quality=(80.0, 100.0),
+            ),
+            final_sinc_probability=0.2,
+        )
+
 
 # Each draw is one number: the random stream does not depend on the batch size of later draws.
 def _uniform(generator: torch.Generator, low: float, high: float) -> float:

@@ -42,6 +42,7 @@ class Stage:
     learning_rate: float
     # crop side in pixels -> [probability, batch size]; 512 is the tile the pipeline runs at
     sizes: dict[int, tuple[float, int]] = field(default_factory=lambda: {128: (1.0, 8)})
+    mild_degradation: float = 0.0  # probability that a batch is damaged mildly
     warmup_steps: int = 100
     final_learning_rate: float = 0.02  # fraction of learning_rate at the end of the cosine
     pixel_l1: float = 1.0
@@ -247,7 +248,7 @@ def train_stage(
     accelerator = Accelerator()
     one_step = stage.kind == "student"
     trained = model if one_step else model.vae
-    batches = DegradedBatches(images, stage.sizes, stage.steps, config.seed + len(stage.name))
+    batches = DegradedBatches(images, stage.sizes, stage.steps, config.seed + len(stage.name), stage.mild_degradation)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(stage))
     teacher = copy.deepcopy(model.vae).requires_grad_(False) if stage.latent_mse else None
