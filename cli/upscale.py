@@ -86,7 +86,11 @@ def upscale(
     process_size: Annotated[int | None, typer.Option(help="Smaller pictures are worked on at this size.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to run in.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of what is random.")] = None,
+    sample_posterior: Annotated[
+        bool | None,
+        typer.Option(help="Draw from the encoder's posterior, as the published code does, or take its mode."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of that draw.")] = None,
     file_format: Annotated[
         Format | None, typer.Option("--format", help="File format of results (default: OUT's, or png).")
     ] = None,
@@ -106,6 +110,7 @@ def upscale(
             tile_overlap=tile_overlap,
             tile_batch_size=tile_batch_size,
             process_size=process_size,
+            sample_posterior=sample_posterior,
         ),
         writing=_given(quality=quality),
         seed=seed,

@@ -14,39 +14,18 @@ from tsdsr.cli import app
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
+def model(make_pipeline, tmp_path_factory):
     """Folder of a pipeline with random weights: 4 pixels per latent, sizes in multiples of 8."""
-    import torch
-    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-
-    from tsdsr import PromptEmbeddings, TSDSRPipeline
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    TSDSRPipeline(
-        vae=AutoencoderTiny(
-            encoder_block_out_channels=[8, 8, 8],
-            decoder_block_out_channels=[8, 8, 8],
-            num_encoder_blocks=[0, 0, 1],
-            num_decoder_blocks=[1, 0, 0],
-            latent_channels=4,
-        ),
-        transformer=SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            caption_projection_dim=16,
-            joint_attention_dim=12,
-            pooled_projection_dim=10,
-            pos_embed_max_size=16,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        prompt_embeddings=PromptEmbeddings.from_tensors(torch.randn(1, 3, 12), torch.randn(1, 10)),
-    ).save_pretrained(folder)
+    make_pipeline("tiny").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kl_model(make_pipeline, tmp_path_factory):
+    """The same with an encoder that has a posterior to draw from."""
+    folder = tmp_path_factory.mktemp("model") / "kl"
+    make_pipeline("kl").save_pretrained(folder)
     return folder
 
 

@@ -73,7 +73,7 @@ def test_info_as_json(tsdsr, model):
     assert facts["kind"] == "TSD-SR pipeline folder"
     assert facts["dtype"] == "float32"
     assert (facts["latent_channels"], facts["vae_scale"], facts["patch_size"]) == (4, 4, 2)
-    assert (facts["layers"], facts["heads"], facts["width"]) == (1, 2, 16)
+    assert (facts["layers"], facts["heads"], facts["width"]) == (2, 2, 16)
     assert facts["parameters"]["prompt_embeddings"] == 3 * 12 + 10
     assert facts["size_bytes"] == sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
 

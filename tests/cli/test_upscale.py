@@ -197,11 +197,20 @@ def test_colour_corrections_differ_from_the_default(upscale, gallery, tmp_path, 
     assert (tmp_path / "a.png").read_bytes() != (gallery / "rgb.png").read_bytes()
 
 
-def test_seed_and_repetition_give_the_same_file(upscale, gallery, tmp_path):
+def test_repetition_gives_the_same_file_whatever_the_seed(upscale, gallery, tmp_path):
     source = gallery.parent / "rgb.png"
     for name, seed in (("a.png", 7), ("b.png", 2**64 - 1)):
         assert_done(upscale(source, "--upscale", 2, "--seed", seed, "-o", tmp_path / name))
         assert (tmp_path / name).read_bytes() == (gallery / "rgb.png").read_bytes()
+
+
+def test_the_seed_decides_the_draw_from_the_posterior(upscale, kl_model, gallery, tmp_path):
+    source = gallery.parent / "rgb.png"
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        arguments = ("--model", kl_model, "--upscale", 2, "--sample-posterior", "--seed", seed)
+        assert_done(upscale(source, *arguments, "-o", tmp_path / name))
+    first, again, other = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert first == again != other
 
 
 def test_dtype_reaches_the_networks(upscale, photo, tmp_path):
