@@ -231,6 +231,11 @@ def save_pipeline(model: EmbeddedModel, folder: Path, dtype: torch.dtype) -> Non
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         prompt_embeddings=parts.prompt,
     ).save_pretrained(folder)
+    # AutoencoderTiny saves a value that its own loader then calls unexpected.
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def train_stage(

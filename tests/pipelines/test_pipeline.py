@@ -1,10 +1,13 @@
 """The pipeline call: sizes, types, what it must not change, and what it refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tsdsr import TSDSRPipeline
 
@@ -294,3 +297,35 @@ def test_bad_images_are_one_sentence(make_pipeline, image):
 def test_tuple_instead_of_output(make_pipeline, picture):
     (images,) = make_pipeline()(picture(8, 8), return_dict=False, **SMALL)
     assert images[0].size == (32, 32)
+
+
+def test_other_prompts_through_sd3_text_encoders(make_pipeline, picture, tmp_path):
+    """SD3's own text encoders and tokenizers, at tiny sizes, under SD3's names."""
+    tokens = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefgh"), *"abcdefgh"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
+    encoder = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=6,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=5,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).eval()
+    plain = make_pipeline()
+    encoders = {"text_encoder": encoder, "text_encoder_2": encoder, "tokenizer": tokenizer, "tokenizer_2": tokenizer}
+    pipeline = TSDSRPipeline(**(plain.components | encoders))
+    pipeline.set_progress_bar_config(disable=True)
+    results = [
+        pipeline(picture(8, 8), output_type="latent", **prompt, **SMALL).images
+        for prompt in ({}, {"prompt": "a b c"}, {"prompt": "a b c"}, {"prompt": "d e f"})
+    ]
+    assert torch.equal(results[0], plain(picture(8, 8), output_type="latent", **SMALL).images)
+    assert torch.equal(results[1], results[2])
+    assert not torch.allclose(results[0], results[1]) and not torch.allclose(results[1], results[3])
