@@ -25,7 +25,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from ..models.prompt_embeddings import PromptEmbeddings
 from .color import COLOR_FIXES
 from .lora import TSDSRLoraLoaderMixin
-from .tiling import count_tiles, pad_to_multiple, run_tiled, working_size
+from .tiling import count_tiles, pad_to_multiple, reduce_bicubic, run_tiled, working_size
 
 
 @dataclass
@@ -440,7 +440,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             # 11. Size and colour, once for the whole picture
             picture = decoded.clamp(-1, 1) / 2 + 0.5
             if working != target:
-                picture = F.interpolate(picture, size=target, mode="bicubic", antialias=True).clamp(0, 1)
+                picture = reduce_bicubic(picture, target)
             if color_fix != "none":
                 picture = COLOR_FIXES[color_fix](picture, lq)
             results.append(picture)

@@ -51,6 +51,15 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return images
 
 
+def reduce_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, C, H, W) in 0..1 with the antialiased bicubic filter, as Pillow does it for the published procedure.
+
+    First across, then down, clamped after each: overshoot of the first pass does not reach the second.
+    """
+    across = F.interpolate(images, size=(images.shape[-2], size[1]), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(across, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along a side: steps of `tile - overlap`, the last tile flush with the border."""
     if length <= tile:
