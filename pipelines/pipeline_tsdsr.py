@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 import diffusers
@@ -127,10 +128,10 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raises a `ValueError` of one sentence for the first argument that cannot be used."""
-        if not (isinstance(upscale, int | float) and 1 <= upscale < float("inf")):
+        if not (isinstance(upscale, Real) and 1 <= upscale < float("inf")):
             raise ValueError(f"`upscale` must be a number of at least 1, not {upscale!r}.")
         for name, value in (("height", height), ("width", width)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of pixels of at least 1, not {value!r}.")
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("Pass either `prompt` or `prompt_embeds`, not both.")
@@ -143,20 +144,20 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             )
         if (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ValueError("Pass `prompt_embeds` and `pooled_prompt_embeds` together.")
-        if not isinstance(process_size, int) or process_size < 0:
+        if not isinstance(process_size, Integral) or process_size < 0:
             raise ValueError(f"`process_size` must be a whole number of pixels, 0 for none, not {process_size!r}.")
         if color_fix not in (*COLOR_FIXES, "none"):
             raise ValueError(f"`color_fix` must be one of {', '.join([*COLOR_FIXES, 'none'])}, not {color_fix!r}.")
         multiple = self.size_multiple
         for name, size in (("tile_size", tile_size), ("vae_tile_size", vae_tile_size)):
-            if not isinstance(size, int) or size < multiple:
+            if not isinstance(size, Integral) or size < multiple:
                 raise ValueError(f"`{name}` must be a whole number of at least {multiple} pixels, not {size!r}.")
-            if not isinstance(tile_overlap, int) or not 0 <= tile_overlap <= size - multiple:
+            if not isinstance(tile_overlap, Integral) or not 0 <= tile_overlap <= size - multiple:
                 raise ValueError(
                     f"`tile_overlap` must be a whole number from 0 to {size - multiple} pixels "
                     f"({multiple} less than `{name}`), not {tile_overlap!r}."
                 )
-        if not isinstance(tile_batch_size, int) or tile_batch_size < 1:
+        if not isinstance(tile_batch_size, Integral) or tile_batch_size < 1:
             raise ValueError(f"`tile_batch_size` must be a whole number of at least 1, not {tile_batch_size!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be one of pil, np, pt, latent, not {output_type!r}.")

@@ -294,6 +294,11 @@ def test_bad_images_are_one_sentence(make_pipeline, image):
     assert "\n" not in str(caught.value)
 
 
+def test_numpy_numbers_are_numbers(make_pipeline, picture):
+    arguments = {name: np.int64(value) for name, value in SMALL.items()}
+    assert make_pipeline()(picture(8, 8), upscale=np.float32(2), **arguments).images[0].size == (16, 16)
+
+
 def test_tuple_instead_of_output(make_pipeline, picture):
     (images,) = make_pipeline()(picture(8, 8), return_dict=False, **SMALL)
     assert images[0].size == (32, 32)
