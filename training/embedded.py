@@ -63,6 +63,9 @@ class Config:
     prompt_tokens: int
     stages: list[Stage]
     seed: int = 0
+    # share of the last stage's weights in the result, the rest are those of the stage before (network interpolation,
+    # ESRGAN, Wang et al. 2018, section 3.4)
+    last_stage_share: float = 1.0
     validation_photographs: int = 50
     validation_size: int = 256  # centre of the held-aside photographs that is looked at during training, pixels
     checkpointing_steps: int = 300
@@ -222,6 +225,13 @@ def validate(model: EmbeddedModel, one_step: bool, pairs: list[tuple[Tensor, Ten
     return {"psnr_y": sum(ours) / len(ours), "psnr_y_bicubic": sum(bicubic) / len(bicubic)}
 
 
+@torch.no_grad()
+def blend(model: nn.Module, others: dict[str, Tensor], share: float) -> None:
+    """In place: `share` of the model's weights and 1 - `share` of the others."""
+    for name, value in model.state_dict().items():
+        value.lerp_(others[name], 1 - share)
+
+
 def save_pipeline(model: EmbeddedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write the model as a pipeline folder for `TSDSRPipeline.from_pretrained`."""
     parts = copy.deepcopy(model).to("cpu", dtype)
@@ -369,6 +379,9 @@ def main(arguments: list[str] | None = None) -> None:
             model.load_state_dict(torch.load(finished, weights_only=True))
             continue
         train_stage(stage, config, model, images, pairs, args.output_dir, bool(args.resume_from_checkpoint))
+    if config.last_stage_share < 1:
+        before = torch.load(args.output_dir / f"{config.stages[-2].name}.pt", weights_only=True)
+        blend(model, before, config.last_stage_share)
     save_pipeline(model, args.output_dir / "pipeline", torch.float16)
 
 

@@ -47,6 +47,7 @@ def recipe(path, steps):
                     "pos_embed_max_size": 16,
                 },
                 "prompt_tokens": 2,
+                "last_stage_share": 0.5,
                 "validation_photographs": 2,
                 "validation_size": 64,
                 "checkpointing_steps": 2,
@@ -74,6 +75,10 @@ def test_all_stages_and_a_pipeline_that_runs(photographs, tmp_path, picture):
     assert any("psnr_y" in entry for entry in log) and any("discriminator" in entry for entry in log)
 
     pipeline = TSDSRPipeline.from_pretrained(output / "pipeline", dtype=torch.float32, local_files_only=True)
+    before, after = (torch.load(output / f"{name}.pt", weights_only=True) for name in ("student", "adversarial"))
+    name = "encoder.layers.0.weight"
+    expected = (before[f"vae.{name}"] + after[f"vae.{name}"]) / 2
+    torch.testing.assert_close(pipeline.vae.state_dict()[name], expected, atol=1e-3, rtol=0)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(picture(8, 8), process_size=32, tile_size=32, tile_overlap=8).images[0].size == (32, 32)
 
@@ -104,6 +109,15 @@ def test_resumed_run_equals_an_unbroken_one(photographs, tmp_path, monkeypatch):
         resumed = torch.load(tmp_path / "broken" / f"{name}.pt", weights_only=True)
         for key, value in whole.items():
             torch.testing.assert_close(resumed[key], value, msg=f"{name} {key}")
+
+
+def test_weights_of_two_stages_are_blended():
+    model = torch.nn.Linear(3, 2)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    others = {name: torch.rand_like(value) for name, value in own.items()}
+    embedded.blend(model, others, 0.25)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, 0.25 * own[name] + 0.75 * others[name])
 
 
 def test_the_autoencoder_starts_as_interpolation(tmp_path, picture):
