@@ -123,6 +123,15 @@ def test_shift_factor_and_timestep_come_from_the_saved_config(make_pipeline, pic
     assert float(seen["timestep"]) == pytest.approx(900)
     torch.testing.assert_close(result, seen["hidden_states"] - 0.9 * seen["v"])
 
+    # z = (mode - shift) * scale before the network, z / scale + shift behind it
+    scale, shift = shifted.vae.config.scaling_factor, shifted.vae.config.shift_factor
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    pixels = (torch.nn.functional.interpolate(pixels, scale_factor=4, mode="bicubic") * 2 - 1).clamp(-1, 1)
+    mode = shifted.vae.encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(seen["hidden_states"], (mode - shift) * scale)
+    decoded = (shifted.vae.decode(result / scale + shift).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(shifted(image, output_type="pt", color_fix="none", **SMALL).images, decoded)
+
 
 def test_stock_loader_finds_the_class(make_pipeline, picture, tmp_path):
     pipeline = make_pipeline()
@@ -186,9 +195,17 @@ def test_vae_tiles_cover_the_picture(make_pipeline, picture):
     assert (whole - tiled).abs().mean() < 2e-3
 
 
-def test_tile_callback_counts_up_to_its_total(make_pipeline, picture):
+@pytest.mark.parametrize("tile_batch_size", [1, 3])
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_tile_callback_counts_up_to_its_total(make_pipeline, picture, tile_batch_size, output_type):
     seen = []
-    make_pipeline()(picture(20, 26), tile_callback=lambda done, total: seen.append((done, total)), **SMALL)
+    make_pipeline()(
+        picture(20, 26),
+        tile_batch_size=tile_batch_size,
+        output_type=output_type,
+        tile_callback=lambda done, total: seen.append((done, total)),
+        **SMALL,
+    )
     totals = {total for _, total in seen}
     assert len(totals) == 1 and seen[-1][0] == totals.pop() > 4
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
