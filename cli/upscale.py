@@ -210,7 +210,12 @@ def _upscale_one(
         # A generator a picture: its result does not depend on which pictures came before.
         calling["generator"] = torch.Generator("cpu").manual_seed(settings.seed)
     try:
-        result = pipeline(image=picture.rgb, output_type="np", tile_callback=display.tiles, **calling).images[0]
+        result = pipeline(
+            image=picture.rgb,
+            output_type="np",
+            tile_callback=lambda event: display.tiles(event.done, event.total),
+            **calling,
+        ).images[0]
     except ValueError as error:
         raise _Refusal(str(error)) from error
     finished = picture.with_rgb(result)

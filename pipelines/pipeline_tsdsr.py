@@ -26,7 +26,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from ..models.prompt_embeddings import PromptEmbeddings
 from .color import COLOR_FIXES
 from .lora import TSDSRLoraLoaderMixin
-from .tiling import count_tiles, pad_to_multiple, reduce_bicubic, run_tiled, working_size
+from .tiling import TilesDone, count_tiles, pad_to_multiple, reduce_bicubic, run_tiled, working_size
 
 
 @dataclass
@@ -239,7 +239,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         return_dict: bool = True,
         callback_on_step_end: Callable[["TSDSRPipeline", int, float, dict[str, Tensor]], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (diffusers' signature)
-        tile_callback: Callable[[int, int], None] | None = None,
+        tile_callback: Callable[[TilesDone], None] | None = None,
     ) -> TSDSRPipelineOutput | tuple:
         """Enlarge one or more pictures. No registered component is changed.
 
@@ -269,7 +269,9 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             callback_on_step_end: called for every picture as `(pipeline, 0, timestep, {"latents": ...})` after its one
                 step; latents in the returned dictionary replace the result's.
             callback_on_step_end_tensor_inputs: names of the tensors that callback receives.
-            tile_callback: called as `(done, total)` over all network calls of one picture.
+            tile_callback: called after each network call with a `tiling.TilesDone`: how many tiles of this picture are
+                done, where they lie and what came out. An exception it raises ends the call, which is how a host stops
+                between tiles.
 
         Returns:
             A `TSDSRPipelineOutput`, or a tuple with its images.
@@ -379,12 +381,25 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             with self.progress_bar(total=total) as progress_bar:
                 done = 0
 
-                def tiles_done(count: int, progress_bar=progress_bar, total=total) -> None:
-                    nonlocal done
-                    done += count
-                    progress_bar.update(count)
-                    if tile_callback is not None:
-                        tile_callback(done, total)
+                def report(
+                    stage: str,
+                    pixels_each: int,
+                    padded=(pixels.shape[-2], pixels.shape[-1]),
+                    progress_bar=progress_bar,
+                    total=total,
+                ) -> Callable:
+                    """What `run_tiled` calls in one stage, where a pixel of its input covers `pixels_each` pixels."""
+
+                    def tiles_done(corners: list[tuple[int, int]], inputs: Tensor, outputs: Tensor) -> None:
+                        nonlocal done
+                        done += len(corners)
+                        progress_bar.update(len(corners))
+                        if tile_callback is not None:
+                            sides = inputs.shape[-2:]
+                            boxes = [(*(edge * pixels_each for edge in (*corner, *sides)),) for corner in corners]
+                            tile_callback(TilesDone(stage, done, total, padded, boxes, inputs, outputs))
+
+                    return tiles_done
 
                 # 8. Encode
                 if latents is None:
@@ -394,7 +409,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                         codec_tile * factor,
                         vae_overlap * factor,
                         scale=Fraction(1, factor),
-                        on_tiles_done=tiles_done,
+                        on_tiles_done=report("encode", 1),
                     )
                     lq_latents = (lq_latents - shift) * scaling
                 else:
@@ -410,7 +425,12 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                 scheduler.set_timesteps(sigmas=[sigma], device=device)
                 timestep = scheduler.timesteps[:1].to(lq_latents.dtype)
                 velocity = run_tiled(
-                    predict, lq_latents, step_tile, latent_overlap, tile_batch_size, on_tiles_done=tiles_done
+                    predict,
+                    lq_latents,
+                    step_tile,
+                    latent_overlap,
+                    tile_batch_size,
+                    on_tiles_done=report("step", factor),
                 )
                 hq_latents = scheduler.step(velocity, scheduler.timesteps[0], lq_latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
@@ -428,7 +448,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                     codec_tile,
                     vae_overlap,
                     scale=Fraction(factor),
-                    on_tiles_done=tiles_done,
+                    on_tiles_done=report("decode", factor),
                 )
             decoded = decoded[:, :, : working[0], : working[1]].float()
             if not torch.isfinite(decoded).all():

@@ -4,12 +4,37 @@ Pure functions of sizes and tensors; the pipeline calls them, they know nothing 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TilesDone:
+    """What `tile_callback` of the pipeline receives after each network call.
+
+    Attributes:
+        stage: "encode" (pixels -1..1 to unscaled latents), "step" (scaled latents to velocity) or "decode" (unscaled
+            latents to pixels about -1..1).
+        done: tiles of this picture that are finished, over all three stages.
+        total: how many there will be.
+        size: height and width of the padded working picture in pixels.
+        boxes: (top, left, height, width) of each tile of this call, in pixels of that picture.
+        inputs: what the network was given, (tiles, C, h, w).
+        outputs: what it made of that, (tiles, D, h', w').
+    """
+
+    stage: str
+    done: int
+    total: int
+    size: tuple[int, int]
+    boxes: list[tuple[int, int, int, int]]
+    inputs: Tensor
+    outputs: Tensor
 
 
 def working_size(
@@ -91,7 +116,7 @@ def run_tiled(
     overlap: int,
     batch_size: int = 1,
     scale: Fraction = Fraction(1),
-    on_tiles_done: Callable[[int], None] | None = None,
+    on_tiles_done: Callable[[list[tuple[int, int]], Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Apply `function` to overlapping tiles of `x` and blend the results with Gaussian weights that sum to one.
 
@@ -102,7 +127,8 @@ def run_tiled(
         overlap: of neighbouring tiles, in pixels of `x`, smaller than `tile`.
         batch_size: tiles of one call of `function`.
         scale: size of the result over size of `x`; tiles must begin at whole pixels of the result.
-        on_tiles_done: called with the number of tiles after each call of `function`.
+        on_tiles_done: called after each call of `function` with the (top, left) of its tiles in `x`, what `function`
+            was given, and what it returned.
 
     Returns:
         (B, D, H * scale, W * scale), blended in float32, in the dtype that `function` returns.
@@ -113,7 +139,7 @@ def run_tiled(
     if len(corners) == 1:
         result = function(x)
         if on_tiles_done:
-            on_tiles_done(1)
+            on_tiles_done(corners, x, result)
         return result
     total: Any = None
     for first in range(0, len(corners), batch_size):
@@ -131,5 +157,5 @@ def run_tiled(
             total[:, :, rows, columns] += output * weights
             weight_sum[rows, columns] += weights
         if on_tiles_done:
-            on_tiles_done(len(group))
+            on_tiles_done(group, tiles, outputs)
     return (total / weight_sum).to(outputs.dtype)

@@ -203,12 +203,38 @@ def test_tile_callback_counts_up_to_its_total(make_pipeline, picture, tile_batch
         picture(20, 26),
         tile_batch_size=tile_batch_size,
         output_type=output_type,
-        tile_callback=lambda done, total: seen.append((done, total)),
+        tile_callback=seen.append,
         **SMALL,
     )
-    totals = {total for _, total in seen}
-    assert len(totals) == 1 and seen[-1][0] == totals.pop() > 4
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    totals = {event.total for event in seen}
+    assert len(totals) == 1 and seen[-1].done == totals.pop() > 4
+    assert [event.done for event in seen] == sorted({event.done for event in seen})
+
+
+def test_tile_callback_says_where_tiles_lie_and_what_came_out(make_pipeline, picture):
+    seen = []
+    pipeline = make_pipeline(vae="kl")
+    pipeline(picture(20, 26), tile_callback=seen.append, **SMALL)
+    assert {event.stage for event in seen} == {"encode", "step", "decode"}
+    for stage in ("encode", "step", "decode"):
+        covered = torch.zeros(seen[0].size)
+        for event in (event for event in seen if event.stage == stage):
+            assert len(event.boxes) == len(event.inputs) == len(event.outputs)
+            # Pixels of the working picture over pixels of what the network was given.
+            scale = 1 if stage == "encode" else pipeline.vae_scale_factor
+            for top, left, height, width in event.boxes:
+                covered[top : top + height, left : left + width] += 1
+                assert (height, width) == tuple(side * scale for side in event.inputs.shape[-2:])
+        assert covered.min() >= 1 and covered.shape == seen[0].size
+
+
+def test_an_exception_of_the_tile_callback_ends_the_call(make_pipeline, picture):
+    def stop(event):
+        if event.stage == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pipeline()(picture(20, 26), tile_callback=stop, **SMALL)
 
 
 def test_step_callback_may_replace_latents(make_pipeline, picture):
