@@ -1,4 +1,4 @@
-"""Foreign weights to ours: the published TSD-SR layout in, one pipeline folder out, and a look at what a file is.
+"""Foreign weights to ours: the published TSD-SR layout into a folder or a pipeline, and a look at what a file is.
 
 Names are resolved on first use, so that importing this package loads neither torch nor diffusers.
 """
@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .assemble import assemble_tsdsr
     from .convert import convert_tsdsr
     from .errors import CheckpointError
     from .info import describe
 
-__all__ = ["CheckpointError", "convert_tsdsr", "describe"]
+__all__ = ["CheckpointError", "assemble_tsdsr", "convert_tsdsr", "describe"]
 
-_HOMES = {"CheckpointError": "errors", "convert_tsdsr": "convert", "describe": "info"}
+_HOMES = {"CheckpointError": "errors", "assemble_tsdsr": "assemble", "convert_tsdsr": "convert", "describe": "info"}
 
 
 def __getattr__(name: str) -> object:

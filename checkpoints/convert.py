@@ -55,12 +55,6 @@ class _Component:
     model: torch.nn.Module
 
     @property
-    def layers(self) -> dict[str, tuple[int, ...]]:
-        """Shape of the weight of every layer that can carry a LoRA, by module name."""
-        kinds = (torch.nn.Linear, torch.nn.Conv2d)
-        return {name: tuple(m.weight.shape) for name, m in self.model.named_modules() if isinstance(m, kinds)}
-
-    @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, dtypes_of(self.header.tensors.values())[0])
 
@@ -112,9 +106,9 @@ def convert_tsdsr(
             raise CheckpointError(f"{folder} is not a folder, but the {role} must be a local one; correct the path.")
 
     components = _check_base(base)
-    ranks, loras = _check_loras(lora, components)
-    prompt = _check_embeddings(embeddings, components["transformer"].model.config)
-    deltas = {side: _load_lora(loras[side]) for side in components}
+    ranks, loras = check_loras(lora, {side: component.model for side, component in components.items()})
+    prompt = check_embeddings(embeddings, components["transformer"].model.config)
+    deltas = {side: load_lora(loras[side]) for side in components}
 
     # Here, because the pipeline imports transformers: a flaw above is reported without that wait.
     from ..pipelines.pipeline_tsdsr import TSDSRPipeline
@@ -239,8 +233,12 @@ def _check_network(side: str, folder: Path, config: dict, header: Header) -> _Co
     return _Component(side, folder, config, header, model)
 
 
-def _check_loras(folder: Path, components: dict[str, _Component]) -> tuple[dict[str, int], dict[str, LoraFile]]:
-    """Both LoRA files against the base: the rank and the parsed header of each side."""
+def check_loras(folder: Path, networks: dict[str, Any]) -> tuple[dict[str, int], dict[str, LoraFile]]:
+    """Both published LoRA files against the networks they are for: the rank and the parsed header of each side.
+
+    Raises:
+        CheckpointError: one sentence on the first flaw found.
+    """
     paths = {side: folder / name for side, name in LORA_FILES.items()}
     for path in paths.values():
         if not path.is_file():
@@ -261,11 +259,20 @@ def _check_loras(folder: Path, components: dict[str, _Component]) -> tuple[dict[
                 f"{paths[side]} holds the LoRA of {SIDE_NAMES[other]}, but that of {SIDE_NAMES[side]} was expected; put"
                 f" the published {LORA_FILES[side]} there."
             )
-    return {side: check_lora(lora, side, components[side].layers) for side, lora in loras.items()}, loras
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = {
+        side: {name: tuple(m.weight.shape) for name, m in network.named_modules() if isinstance(m, kinds)}
+        for side, network in networks.items()
+    }
+    return {side: check_lora(lora, side, layers[side]) for side, lora in loras.items()}, loras
 
 
-def _check_embeddings(folder: Path, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompt's embeddings, (1, tokens, joint_attention_dim) and (1, pooled_projection_dim)."""
+def check_embeddings(folder: Path, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompt's embeddings, (1, tokens, joint_attention_dim) and (1, pooled_projection_dim).
+
+    Raises:
+        CheckpointError: one sentence on the first flaw found.
+    """
     paths = {name: find_embedding(folder, stem) for name, stem in EMBEDDING_FILES.items()}
     tensors = {name: _load_embedding(path) for name, path in paths.items()}
     prompt_path, pooled_path = paths["prompt_embeds"], paths["pooled_prompt_embeds"]
@@ -329,7 +336,7 @@ def _load_embedding(path: Path) -> torch.Tensor:
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
-def _load_lora(lora: LoraFile) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def load_lora(lora: LoraFile) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(lora_A, lora_B) by module, in the file's type.
 
     Raises:
@@ -346,7 +353,7 @@ def _load_lora(lora: LoraFile) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {module: (tensors[keys["A"]], tensors[keys["B"]]) for module, keys in lora.halves.items()}
 
 
-def _delta(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def lora_delta(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """What a LoRA adds to a weight, in float32: B A at strength alpha / rank = 1.
 
     For a convolution lora_B is 1x1, so its kernel is B A for every kernel position as well:
@@ -377,7 +384,7 @@ def _load_network(
                 raise CheckpointError(f"{entry.file} is damaged ({error}); download it again.") from error
             module = key.removesuffix(".weight")
             if module in lora and module != key:
-                weight = weight.float() + _delta(*lora[module])
+                weight = weight.float() + lora_delta(*lora[module])
             weight = weight.to(dtype)
             if not torch.isfinite(weight).all():
                 name = str(dtype).removeprefix("torch.")

@@ -71,10 +71,19 @@ def load_pipeline(model: str | Path = "embedded", *, dtype: str | None = None, d
     pipeline = TSDSRPipeline.from_pretrained(str(source) if local else str(model), dtype=chosen, local_files_only=local)
     if local and (source / LORA_FILE).is_file():
         pipeline.load_lora_weights(str(source), weight_name=LORA_FILE, local_files_only=True)
-    if chosen == torch.float32 or target.type != "cpu":
-        # Convolutions of the VAE run faster with the channels last.
-        pipeline.vae.to(memory_format=torch.channels_last)
+    prefer_channels_last(pipeline.vae, target)
     return pipeline.to(target)
+
+
+def prefer_channels_last(vae: torch.nn.Module, device: torch.device) -> None:
+    """Lay the weights of a VAE out for faster convolutions, where that costs no accuracy.
+
+    The CPU's group normalisation sums naively over channels-last pictures: at 512x512 its error is about 1e-4 of the
+    range, a hundred times that of the other layout. A VAE without group normalisation has nothing to lose there.
+    """
+    grouped = any(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
+    if device.type != "cpu" or (not grouped and next(vae.parameters()).dtype == torch.float32):
+        vae.to(memory_format=torch.channels_last)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -211,7 +211,9 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                     f"not {float(batch.min()):g}..{float(batch.max()):g}."
                 )
             batch = batch[:, :3] if batch.shape[1] >= 3 else batch[:, :1].expand(-1, 3, -1, -1)
-            tensors.extend(batch.clamp(0, 1).split(1))
+            # The layout of a permuted array would spread through the networks; whoever wants channels last lays the
+            # weights out so.
+            tensors.extend(batch.clamp(0, 1).contiguous().split(1))
         if not tensors:
             raise ValueError("`image` is an empty list; pass at least one picture.")
         return tensors

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tsdsr import load_pipeline
-from tsdsr.pipelines.loading import EMBEDDED
+from tsdsr.pipelines.loading import EMBEDDED, prefer_channels_last
 
 SMALL = {"process_size": 32, "tile_size": 32, "tile_overlap": 8, "output_type": "pt"}
 
@@ -55,3 +55,11 @@ def test_a_folder_without_a_pipeline(tmp_path):
 def test_the_embedded_model_fits_its_budget():
     weights = list(EMBEDDED.rglob("*.safetensors"))
     assert weights and sum(path.stat().st_size for path in weights) <= 16 * 2**20
+
+
+@pytest.mark.parametrize(("vae", "device", "last"), [("kl", "cpu", False), ("tiny", "cpu", True), ("kl", "cuda", True)])
+def test_channels_last_where_it_costs_no_accuracy(make_pipeline, vae, device, last):
+    network = make_pipeline(vae=vae).vae
+    prefer_channels_last(network, torch.device(device))
+    weight = next(p for p in network.parameters() if p.ndim == 4 and p.shape[2] > 1 and p.shape[1] > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == last

@@ -78,7 +78,9 @@ def test_weights_are_centred_on_the_tile():
 def test_pointwise_functions_do_not_notice_tiling(batch_size):
     x = torch.rand(2, 3, 37, 50)
     counts = []
-    result = run_tiled(lambda t: 2 * t + 1, x, 16, 4, batch_size, on_tiles_done=lambda corners, _, __: counts.append(len(corners)))
+    result = run_tiled(
+        lambda t: 2 * t + 1, x, 16, 4, batch_size, on_tiles_done=lambda corners, _, __: counts.append(len(corners))
+    )
     torch.testing.assert_close(result, 2 * x + 1)
     assert sum(counts) == count_tiles(37, 50, 16, 4) and max(counts) <= batch_size
 
