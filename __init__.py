@@ -1,6 +1,7 @@
 """One-step diffusion super-resolution of real photographs.
 
-The names below are loaded when they are first used, so `import tsdsr` itself loads neither torch nor diffusers.
+The names below are loaded when they are first used, so `import tsdsr` itself loads neither torch nor diffusers. ComfyUI
+enters here too, where the repository is a folder in custom_nodes/: by `comfy_entrypoint`.
 """
 
 from importlib import import_module
@@ -36,6 +37,17 @@ _MODULE_OF = {
     "describe": ".checkpoints.info",
     "load_pipeline": ".pipelines.loading",
 }
+
+
+# The folder that ComfyUI serves to its front end: the help pages of the nodes.
+WEB_DIRECTORY = "./comfy_nodes/web"
+
+
+async def comfy_entrypoint() -> object:
+    """The extension with this package's nodes, for ComfyUI."""
+    from .comfy_nodes import TSDSRExtension
+
+    return TSDSRExtension()
 
 
 def __getattr__(name: str) -> object:

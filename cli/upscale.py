@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..pipelines.memory import is_out_of_memory
 from .errors import INTERRUPTED, UNEXPECTED, fail, one_sentence, sentence
 from .outputs import Job, collect, plan
 
@@ -236,11 +237,7 @@ def _in_cli_words(error: Exception) -> Exception:
     """The same problem, with the mend said as an option of this command."""
     if isinstance(error, ValueError) and "allow_large=True" in str(error):
         return ValueError(str(error).replace("allow_large=True", "--allow-large"))
-    # CUDA has a class for it, the CPU's allocator and MPS only have words.
-    torch_says = type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-    )
-    if isinstance(error, MemoryError) or torch_says:
+    if is_out_of_memory(error):
         return MemoryError("not enough memory; try a smaller --tile-size or --tile-batch-size, or --device cpu.")
     return error
 

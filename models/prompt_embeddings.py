@@ -1,5 +1,7 @@
 """The fixed prompt of a one-step model, kept as a saved component so that no text encoder is needed."""
 
+import sys
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -49,3 +51,10 @@ class PromptEmbeddings(ModelMixin, ConfigMixin):
     def forward(self, batch_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """The embeddings repeated for a batch: (batch, tokens, width) and (batch, pooled width)."""
         return self.prompt_embeds.expand(batch_size, -1, -1), self.pooled_prompt_embeds.expand(batch_size, -1)
+
+
+# A saved pipeline names this class by its module (model_index.json), and loading imports that module. The name must be
+# the same whatever the package was imported as, and must lead here: as a folder among ComfyUI's custom nodes the
+# package has another name, and a `tsdsr` installed beside it must not be loaded for this one class.
+PromptEmbeddings.__module__ = "tsdsr.models.prompt_embeddings"
+sys.modules.setdefault(PromptEmbeddings.__module__, sys.modules[__name__])

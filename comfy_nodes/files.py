@@ -1,0 +1,207 @@
+"""Models where ComfyUI users keep them: found through `folder_paths`, so that extra_model_paths.yaml counts.
+
+Names in the loader's lists are "embedded", "NAME" for a folder under models/tsdsr, "KIND/NAME" for the others (KIND is
+a folder type of ComfyUI: loras, checkpoints, diffusion_models, diffusers, vae), always with forward slashes.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.headers import read_header
+from ..checkpoints.layout import EMBEDDING_FILES, EMBEDDING_SUFFIXES, LORA_FILES
+
+EMBEDDED = "embedded"
+AUTOMATIC = "automatic"
+KIND = "tsdsr"
+
+folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in the loader's list."""
+
+    name: str
+    path: Path
+    is_lora: bool
+
+
+def models() -> list[Found]:
+    """Pipeline folders and published LoRA folders under models/tsdsr, and LoRA folders under models/loras."""
+    found: dict[str, Found] = {}
+    for kind, label in ((KIND, ""), ("loras", "loras/")):
+        for root in _roots(kind):
+            for folder in _folders(root):
+                name = label + folder.relative_to(root).as_posix()
+                is_lora = all((folder / file).is_file() for file in LORA_FILES.values())
+                is_pipeline = kind == KIND and (folder / "model_index.json").is_file()
+                if name not in found and (is_lora or is_pipeline):
+                    found[name] = Found(name, folder, is_lora and not is_pipeline)
+    return [found[name] for name in sorted(found)]
+
+
+def bases() -> list[str]:
+    """Names of what may hold an SD3 transformer: safetensors files and diffusers folders."""
+    return [*_names("checkpoints"), *_names("diffusion_models"), *_diffusers_folders()]
+
+
+def vaes() -> list[str]:
+    """Names of what may hold SD3's VAE by itself."""
+    return _names("vae")
+
+
+def model_path(name: str) -> Found | None:
+    """The model of this name, or None where it is not there."""
+    return next((model for model in models() if model.name == name), None)
+
+
+def weights_path(name: str) -> Path | None:
+    """The file or folder of a name of `bases` or `vaes`, or None where it is not there."""
+    kind, _, rest = name.partition("/")
+    if kind == "diffusers":
+        candidates = [root / rest for root in _roots(kind)]
+    else:
+        full = folder_paths.get_full_path(kind, rest.replace("/", os.sep)) if kind in _kinds() else None
+        candidates = [Path(full)] if full else []
+    return next((path for path in candidates if path.exists()), None)
+
+
+def find_base() -> Path:
+    """The first SD3 transformer there is, names with "sd3" before others.
+
+    Raises:
+        CheckpointError: naming the folder to put one into.
+    """
+    for name in _sd3_first(bases()):
+        path = weights_path(name)
+        if path is not None and "transformer" in _contents(path):
+            return path
+    raise CheckpointError(
+        "No SD3 base was found, and the TSD-SR LoRA needs one; put sd3_medium.safetensors into"
+        f" {_home('checkpoints')}, or its transformer alone into {_home('diffusion_models')}."
+    )
+
+
+def find_vae(base: Path) -> Path:
+    """The base where it has a VAE, else the first VAE of SD3 there is, names with "sd3" before others.
+
+    Raises:
+        CheckpointError: naming the folder to put one into.
+    """
+    if "vae" in _contents(base):
+        return base
+    for name in [*_sd3_first(vaes()), *_sd3_first(bases())]:
+        path = weights_path(name)
+        if path is not None and "vae" in _contents(path):
+            return path
+    raise CheckpointError(
+        f"No VAE of SD3 was found, and {base} holds none; put SD3's VAE (16 latent channels) into {_home('vae')}."
+    )
+
+
+def find_embeddings(lora: Path) -> Path:
+    """The folder of the prompt's embeddings: the LoRA's own, or any under models/tsdsr.
+
+    Raises:
+        CheckpointError: naming the folder to put them into.
+    """
+    for folder in [lora, *(folder for root in _roots(KIND) for folder in (root, *_folders(root)))]:
+        if all(
+            any((folder / f"{stem}{suffix}").is_file() for suffix in EMBEDDING_SUFFIXES)
+            for stem in EMBEDDING_FILES.values()
+        ):
+            return folder
+    raise CheckpointError(
+        f"The prompt's embeddings were not found; put prompt_embeds.pt and pool_embeds.pt of the TSD-SR release into"
+        f" {lora}."
+    )
+
+
+def home() -> Path:
+    """The folder models of ours belong into."""
+    return _home(KIND)
+
+
+def missing(name: str, what: str) -> str:
+    """One sentence: what is not there, and into which folder it belongs."""
+    kind, _, rest = name.partition("/")
+    if what == "model" and kind != "loras":
+        return (
+            f"The model {name!r} is not there; put its folder into {_home(KIND)} (a pipeline folder with"
+            " model_index.json, or the published transformer.safetensors and vae.safetensors), or choose embedded."
+        )
+    if what == "model":
+        return (
+            f"The LoRA {rest!r} is not there; put its folder, with transformer.safetensors and vae.safetensors, into"
+            f" {_home('loras')}."
+        )
+    folder = _home(kind if kind in _kinds() else ("vae" if what == "vae" else "checkpoints"))
+    return f"The {what} {rest or name!r} is not there; put it into {folder}, or choose {AUTOMATIC}."
+
+
+def fingerprint(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of all files of these models: changes where one of them does."""
+    files = (file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))))
+    return tuple(
+        (str(file), status.st_size, status.st_mtime_ns) for file in files if file.is_file() and (status := file.stat())
+    )
+
+
+def _kinds() -> set[str]:
+    return {"checkpoints", "diffusion_models", "vae"}
+
+
+def _roots(kind: str) -> list[Path]:
+    known = folder_paths.folder_names_and_paths
+    return [Path(root) for root in folder_paths.get_folder_paths(kind)] if kind in known else []
+
+
+def _home(kind: str) -> Path:
+    # ComfyUI lists the older name of a folder first, and users' own folders behind or before it.
+    roots = _roots(kind)
+    return next((root for root in roots if root.name == kind and root.is_dir()), roots[0] if roots else Path(kind))
+
+
+def _folders(root: Path, depth: int = 2) -> Iterator[Path]:
+    """Folders below a root, nearest first by name; hidden ones (unfinished downloads) are not looked into."""
+    if not root.is_dir():
+        return
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield Path(entry.path)
+            if depth > 1:
+                yield from _folders(Path(entry.path), depth - 1)
+
+
+def _names(kind: str) -> list[str]:
+    files = (name.replace(os.sep, "/") for name in folder_paths.get_filename_list(kind))
+    return [f"{kind}/{name}" for name in files if name.endswith(".safetensors")]
+
+
+def _diffusers_folders() -> list[str]:
+    folders = ((root, folder) for kind in ("diffusers",) for root in _roots(kind) for folder in _folders(root))
+    return [
+        f"diffusers/{folder.relative_to(root).as_posix()}"
+        for root, folder in folders
+        if (folder / "transformer" / "config.json").is_file()
+    ]
+
+
+def _sd3_first(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: ("sd3" not in name.lower(), "medium" not in name.lower(), name))
+
+
+def _contents(path: Path) -> set[str]:
+    from ..checkpoints import single_file
+
+    if path.is_dir():
+        return {side for side in ("transformer", "vae") if (path / side / "config.json").is_file()}
+    try:
+        return single_file.holds(read_header(path))
+    except CheckpointError:
+        return set()
