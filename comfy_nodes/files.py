@@ -19,6 +19,7 @@ EMBEDDED = "embedded"
 AUTOMATIC = "automatic"
 KIND = "tsdsr"
 
+# Listed among the host's folder types, so that extra_model_paths.yaml may name further folders of this kind.
 folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
 
 
@@ -157,8 +158,12 @@ def _kinds() -> set[str]:
 
 
 def _roots(kind: str) -> list[Path]:
+    """The host's folders of this kind; of ours also what lies beside its checkpoints, wherever these are."""
     known = folder_paths.folder_names_and_paths
-    return [Path(root) for root in folder_paths.get_folder_paths(kind)] if kind in known else []
+    roots = [Path(root) for root in folder_paths.get_folder_paths(kind)] if kind in known else []
+    if kind == KIND:
+        roots = [*(root.parent / KIND for root in _roots("checkpoints")), *roots]
+    return list(dict.fromkeys(roots))
 
 
 def _home(kind: str) -> Path:

@@ -172,8 +172,8 @@ def loader(graph: Graph, row: float = 0, **changes: Any) -> dict[str, tuple[dict
         "hub_id": "",
         "download": False,
     }
-    made = graph.add("TSDSRLoader", 0, row, tall=190, **{**values, **changes})
-    graph.add("PreviewAny", 0, row + 240, tall=200, title="What the model is", source=made["info"])
+    made = graph.add("TSDSRLoader", 0, row, tall=270, **{**values, **changes})
+    graph.add("PreviewAny", 0, row + 330, tall=190, title="What the model is", source=made["info"])
     return made
 
 
@@ -191,16 +191,16 @@ def upscale(
         "process_size": 512,
         "sample_posterior": False,
     }
-    return graph.add("TSDSRUpscale", column, row, tall=200, model=model, image=image, **links, **values)
+    return graph.add("TSDSRUpscale", column, row, tall=560, model=model, image=image, **links, **values)
 
 
 def one_photo() -> Graph:
     graph = Graph("upscale_one_photo")
     model = loader(graph)["model"]
-    photo = graph.add("LoadImage", 0, 500, tall=330, image="example.png")
+    photo = graph.add("LoadImage", 0, 580, tall=330, image="example.png")
     graph.note(
         1,
-        270,
+        620,
         "## Upscale one photo\n\nChoose your photograph in **Load Image** and run. The **embedded** model ships with the "
         "nodes: nothing is downloaded, and it runs without a GPU.\n\nThe models are made for a factor of 4. **color_fix** "
         "keeps the colours of the photograph. Right-click the node and show its advanced inputs for an exact width and "
@@ -215,10 +215,10 @@ def one_photo() -> Graph:
 def published_weights() -> Graph:
     graph = Graph("published_tsdsr_weights")
     model = loader(graph, model="tsdsr")["model"]
-    photo = graph.add("LoadImage", 0, 500, tall=330, image="example.png")
+    photo = graph.add("LoadImage", 0, 580, tall=330, image="example.png")
     graph.note(
         1,
-        270,
+        620,
         "## Published TSD-SR weights\n\n1. Put `transformer.safetensors`, `vae.safetensors`, `prompt_embeds.pt` and "
         "`pool_embeds.pt` of the TSD-SR release (github.com/Microtreei/TSD-SR) into the folder `models/tsdsr/tsdsr`.\n2. "
         "Put Stable Diffusion 3 medium, for example `sd3_medium.safetensors`, into `models/checkpoints`.\n3. Press R, "
@@ -235,10 +235,10 @@ def published_weights() -> Graph:
 def tiled() -> Graph:
     graph = Graph("large_picture_tiled_4k")
     model = loader(graph)["model"]
-    photo = graph.add("LoadImage", 0, 500, tall=330, image="example.png")
+    photo = graph.add("LoadImage", 0, 580, tall=330, image="example.png")
     graph.note(
         1,
-        350,
+        710,
         "## Large pictures, tiled: 4K and beyond\n\n**width** (advanced) asks for 4096 pixels here; set it to 0 to go by "
         "**upscale** instead. Any size works: tiles are blended with smooth weights, and colours are corrected once for "
         "the whole picture.\n\n**tile_batch_size** runs several tiles at once: faster on a large GPU. Where memory runs "
@@ -249,7 +249,7 @@ def tiled() -> Graph:
         "TSDSRTiledUpscale",
         1,
         0,
-        tall=290,
+        tall=650,
         model=model,
         image=photo["IMAGE"],
         upscale=4.0,
@@ -272,11 +272,11 @@ def tiled() -> Graph:
 def video() -> Graph:
     graph = Graph("video_frames")
     model = loader(graph)["model"]
-    film = graph.add("LoadVideo", 0, 500, tall=120, file="video.mp4")
-    parts = graph.add("GetVideoComponents", 0, 680, tall=80, video=film["VIDEO"])
+    film = graph.add("LoadVideo", 0, 580, tall=340, file="video.mp4")
+    parts = graph.add("GetVideoComponents", 0, 980, tall=80, video=film["VIDEO"])
     graph.note(
         1,
-        270,
+        620,
         "## Video, frame by frame\n\nChoose a short clip in **Load Video**. Frames are enlarged one after the other, so "
         "the memory that is needed does not grow with their number; the enlarged frames themselves are held until the "
         "video is written.\n\nThe same graph serves any batch of pictures of one size. Every frame is treated the same "
@@ -294,12 +294,12 @@ def video() -> Graph:
 def batch() -> Graph:
     graph = Graph("batch_of_pictures")
     model = loader(graph)["model"]
-    first = graph.add("LoadImage", 0, 500, tall=330, image="example.png")
-    second = graph.add("LoadImage", 0, 880, tall=330, image="example.png")
-    both = graph.add("ImageBatch", 1, 500, tall=60, image1=first["IMAGE"], image2=second["IMAGE"])
+    first = graph.add("LoadImage", 0, 580, tall=330, image="example.png")
+    second = graph.add("LoadImage", 0, 970, tall=330, image="example.png")
+    both = graph.add("ImageBatch", 1, 620, tall=60, image1=first["IMAGE"], image2=second["IMAGE"])
     graph.note(
         1,
-        620,
+        740,
         "## A batch of pictures\n\nA batch holds pictures of one size (**Batch Images** fits the second to the first). "
         "They are enlarged one after the other, in constant memory, with one progress bar.",
         200,
@@ -312,11 +312,11 @@ def batch() -> Graph:
 def before_after() -> Graph:
     graph = Graph("before_after_comparison")
     model = loader(graph)["model"]
-    photo = graph.add("LoadImage", 0, 500, tall=330, image="example.png")
+    photo = graph.add("LoadImage", 0, 580, tall=330, image="example.png")
     small = graph.add(
         "ImageScaleBy",
         1,
-        500,
+        620,
         tall=90,
         title="Make it small",
         image=photo["IMAGE"],
@@ -324,8 +324,8 @@ def before_after() -> Graph:
         scale_by=0.25,
     )
     graph.note(
-        1,
-        640,
+        2,
+        690,
         "## Before and after\n\nThe picture is made four times smaller, then enlarged again: by bicubic interpolation "
         "(left) and by TSD-SR (right). Bypass **Make it small** (Ctrl+B) to compare on a photograph that is small by "
         "itself.",
@@ -335,7 +335,7 @@ def before_after() -> Graph:
     bicubic = graph.add(
         "ImageScaleBy",
         1,
-        270,
+        770,
         tall=90,
         title="Bicubic",
         image=small["IMAGE"],
@@ -360,22 +360,22 @@ def before_after() -> Graph:
 
 def text_to_image() -> Graph:
     graph = Graph("after_text_to_image")
-    made = graph.add("CheckpointLoaderSimple", 0, 500, tall=100, ckpt_name="sd3_medium_incl_clips_t5xxlfp8.safetensors")
+    made = graph.add("CheckpointLoaderSimple", 0, 580, tall=100, ckpt_name="sd3_medium_incl_clips_t5xxlfp8.safetensors")
     positive = graph.add(
         "CLIPTextEncode",
         1,
-        500,
+        620,
         tall=140,
         title="What to show",
         clip=made["CLIP"],
         text="a photograph of an old fisherman mending a net in the morning light, harbour behind him, 35 mm",
     )
-    negative = graph.add("CLIPTextEncode", 1, 690, tall=100, title="What to avoid", clip=made["CLIP"], text="")
-    empty = graph.add("EmptySD3LatentImage", 1, 840, tall=110, width=1024, height=1024, batch_size=1)
+    negative = graph.add("CLIPTextEncode", 1, 810, tall=100, title="What to avoid", clip=made["CLIP"], text="")
+    empty = graph.add("EmptySD3LatentImage", 1, 960, tall=110, width=1024, height=1024, batch_size=1)
     sampled = graph.add(
         "KSampler",
         2,
-        500,
+        460,
         tall=270,
         model=made["MODEL"],
         positive=positive["CONDITIONING"],
@@ -388,11 +388,11 @@ def text_to_image() -> Graph:
         scheduler="sgm_uniform",
         denoise=1.0,
     )
-    decoded = graph.add("VAEDecode", 2, 830, tall=60, samples=sampled["LATENT"], vae=made["VAE"])
+    decoded = graph.add("VAEDecode", 2, 800, tall=60, samples=sampled["LATENT"], vae=made["VAE"])
     model = loader(graph)["model"]
     graph.note(
         0,
-        670,
+        740,
         "## After text to image\n\nAny graph that ends in an image can go on like this: connect the image to **TSD-SR "
         "Upscale**. Here Stable Diffusion 3 makes 1024x1024, and one more step makes 4096x4096.\n\nThe image model is "
         "moved out of the GPU's memory by ComfyUI when the upscaler needs the room.",

