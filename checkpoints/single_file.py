@@ -129,7 +129,7 @@ def _transformer_config(header: Header, prefix: str | None) -> dict[str, Any]:
         return header.tensors[key].shape
 
     width, channels, patch, _ = shape("pos_embed.proj.weight", "x_embedder.proj.weight")
-    block = re.compile(rf"{re.escape(prefix)}joint_blocks\.(\d+)\." if original else r"transformer_blocks\.(\d+)\.")
+    block = re.compile(rf"{re.escape(prefix or '')}{'joint' if original else 'transformer'}_blocks\.(\d+)\.")
     dual = re.compile(block.pattern + (r"x_block\.attn2\." if original else r"attn2\."))
     blocks = {int(match[1]) for key in header.tensors if (match := block.match(key))}
     norm = "x_block.attn.ln_q.weight" if original else "attn.norm_q.weight"

@@ -11,6 +11,11 @@ logger = logging.getLogger("tsdsr")
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "LICENSE*"]
 
 
+def hub_folder(hub_id: str, home: Path) -> Path:
+    """Where a Hub model lies under `home`, whether it does or not."""
+    return home / hub_id.replace("/", "--")
+
+
 def local_folder(hub_id: str, home: Path, download: bool) -> Path:
     """The folder of a Hub model under `home`, fetched first where that is allowed and it is not there.
 
@@ -21,8 +26,7 @@ def local_folder(hub_id: str, home: Path, download: bool) -> Path:
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) or ".." in hub_id:
         raise ValueError(f"hub_id must read owner/name, not {hub_id!r}.")
-    name = hub_id.replace("/", "--")
-    folder = home / name
+    folder = hub_folder(hub_id, home)
     if (folder / "model_index.json").is_file():
         return folder
     if not download:
@@ -33,7 +37,7 @@ def local_folder(hub_id: str, home: Path, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     logger.info("[tsdsr] Downloading %s into %s", hub_id, folder)
-    partial = home / f".{name}.partial"
+    partial = home / f".{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     try:
         # Sizes and checksums are checked file by file, and unfinished files are continued.

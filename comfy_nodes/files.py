@@ -72,6 +72,26 @@ def weights_path(name: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
+def parts(lora: Path, base_model: str, vae: str) -> tuple[Path, Path, Path]:
+    """Where the base, its VAE and the prompt's embeddings of a published LoRA lie.
+
+    Args:
+        lora: the LoRA's folder.
+        base_model, vae: names of `bases` and `vaes`, or "automatic".
+
+    Raises:
+        CheckpointError: naming the folder that something has to be put into.
+    """
+    found = {}
+    for what, name in (("base model", base_model), ("vae", vae)):
+        if name != AUTOMATIC:
+            found[what] = weights_path(name)
+            if found[what] is None:
+                raise CheckpointError(missing(name, what))
+    base = found.get("base model") or find_base()
+    return base, found.get("vae") or find_vae(base), find_embeddings(lora)
+
+
 def find_base() -> Path:
     """The first SD3 transformer there is, names with "sd3" before others.
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from ..checkpoints.errors import CheckpointError
 from . import files
+from .download import hub_folder, local_folder
 from .schema import CATEGORY, Model, advanced
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ class TSDSRLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model=None, base_model=None, vae=None, hub_id=None) -> bool | str:
         # None where the input is linked: it is checked when the node runs.
-        if hub_id:
+        if hub_id and hub_id.strip():
             return True
         if model not in (None, files.EMBEDDED) and files.model_path(model) is None:
             return files.missing(model, "model")
@@ -124,12 +126,18 @@ class TSDSRLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model=None, base_model=None, vae=None, hub_id=None, **_: Any) -> Any:
         """Changes when a file of the model does, so that it is loaded anew."""
-        if hub_id or model in (None, files.EMBEDDED):
+        if hub_id and hub_id.strip():
+            return str(files.fingerprint([hub_folder(hub_id.strip(), files.home())]))
+        if model in (None, files.EMBEDDED):
             return ""
         found = files.model_path(model)
-        paths = [found.path] if found else []
-        paths += [path for name in (base_model, vae) if name and (path := files.weights_path(name))]
-        return str(files.fingerprint(paths))
+        if found is None or not found.is_lora:
+            return str(files.fingerprint([found.path] if found else []))
+        try:
+            parts = files.parts(found.path, base_model or files.AUTOMATIC, vae or files.AUTOMATIC)
+        except CheckpointError as error:  # something is not there: told when the node runs
+            return str(error)
+        return str(files.fingerprint([found.path, *parts]))
 
     @classmethod
     def execute(
@@ -152,8 +160,6 @@ class TSDSRLoader(io.ComfyNode):
         with torch.inference_mode(False), torch.no_grad():
             compute = _compute_dtype(dtype)
             if hub_id.strip():
-                from .download import local_folder
-
                 found: files.Found | None = files.Found(
                     hub_id.strip(), local_folder(hub_id.strip(), files.home(), download), False
                 )
@@ -216,22 +222,13 @@ def _load_folder(folder: Path | None, dtype: Any) -> tuple["TSDSRPipeline", dict
 def _load_lora(
     lora: Path, base_model: str, vae: str, dtype: Any, merge: bool
 ) -> tuple["TSDSRPipeline", dict[str, object]]:
+    from comfy import model_management
+
     from ..checkpoints import assemble_tsdsr, describe
     from ..pipelines.loading import prefer_channels_last
 
-    paths = {}
-    for what, name in (("base model", base_model), ("vae", vae)):
-        if name != files.AUTOMATIC:
-            path = files.weights_path(name)
-            if path is None:
-                raise FileNotFoundError(files.missing(name, what))
-            paths[what] = path
-    base = paths.get("base model") or files.find_base()
-    vae_path = paths.get("vae") or files.find_vae(base)
-    embeddings = files.find_embeddings(lora)
+    base, vae_path, embeddings = files.parts(lora, base_model, vae)
     pipeline = assemble_tsdsr(base, vae_path, lora, embeddings, dtype=dtype, merge_lora=merge)
-    from comfy import model_management
-
     prefer_channels_last(pipeline.vae, model_management.get_torch_device())
     licence = describe(base)["licence"]
     return pipeline, {**describe(lora), "licence": licence, "base": base, "vae": vae_path, "embeddings": embeddings}
@@ -239,13 +236,12 @@ def _load_lora(
 
 def _store_in_8_bits(pipeline: "TSDSRPipeline", compute: Any) -> None:
     import torch
+    from diffusers.hooks import apply_layerwise_casting
 
     # What is small and sensitive keeps its format: positions, embeddings of time and prompt, the last layers, LoRAs.
-    pipeline.transformer.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn,
-        compute_dtype=compute,
-        skip_modules_pattern=("pos_embed", "time_text_embed", "context_embedder", "norm_out", "^proj_out$", "lora_"),
-    )
+    # The modulation layers, which the model's own defaults leave out with all norms, are a third of SD3.
+    kept = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "^proj_out$", "lora_")
+    apply_layerwise_casting(pipeline.transformer, torch.float8_e4m3fn, compute, skip_modules_pattern=kept)
 
 
 def _describe(name: str, source: dict[str, object], pipeline: "TSDSRPipeline", dtype: str) -> str:

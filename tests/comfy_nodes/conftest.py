@@ -69,6 +69,8 @@ def sd3():
         latent_channels=16,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
     )
     return transformer.eval(), vae.eval()
 

@@ -78,7 +78,7 @@ def test_masks_of_any_shape(embedded, pictures, shape):
     given = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     _, mask = upscale(embedded, pictures(), mask=given)
     count = given.numel() // (shape[-1] * shape[-2])
-    assert tuple(mask.shape) == (count, 40, 52) and 0 <= mask.min() and mask.max() <= 1
+    assert tuple(mask.shape) == (count, 40, 52) and mask.min() >= 0 and mask.max() <= 1
     if shape == (1, 20, 26):
         small = torch.nn.functional.interpolate(mask[:, None], (20, 26), mode="area")[:, 0]
         assert (small - given).abs().mean() < 0.1
@@ -228,7 +228,7 @@ def hungry(model, limit):
 
 
 def test_out_of_memory_first_runs_fewer_tiles_then_smaller_ones(embedded, pictures, caplog):
-    image = pictures(1, 200, 150)
+    image = pictures(1, 130, 70)
     arguments = {"upscale": 4.0, "tile_size": 512, "tile_overlap": 64, "tile_batch_size": 4}
     hook = hungry(embedded, 64 * 64)  # tiles of 256 pixels at f = 4, one at a time
     try:
@@ -306,17 +306,21 @@ def test_evicted_and_back(embedded, pictures):
     assert torch.equal(upscale(embedded, pictures())[0], first)
 
 
-def test_runs_leave_nothing_behind(embedded, pictures):
+def test_runs_leave_nothing_behind(make_pipeline, pictures):
+    from tsdsr.comfy_nodes.hosting import HostedModel
+
+    model = HostedModel(make_pipeline(), "")
+
     def tensors():
         gc.collect()
         return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
 
     image = pictures(1, 8, 8)
     for _ in range(3):
-        upscale(embedded, image)
+        upscale(model, image, process_size=0)
     before = tensors()
     for _ in range(50):
-        upscale(embedded, image)
+        upscale(model, image, process_size=0)
     assert tensors() <= before
 
 
@@ -348,7 +352,9 @@ def test_color_match(pictures, method, size):
     result = match(image, reference, method)
     assert result.shape == image.shape
     wanted, before = reference.mean((1, 2)), image.mean((1, 2))
-    assert (result.mean((1, 2)) - wanted).abs().max() < 0.25 * (before - wanted).abs().max()
+    # wavelet only moves the coarse colours, and near the borders these are not quite the mean.
+    bound = 0.7 if method == "wavelet" else 0.25
+    assert (result.mean((1, 2)) - wanted).abs().max() < bound * (before - wanted).abs().max()
 
 
 def test_color_match_strength_alpha_and_batches(pictures):
