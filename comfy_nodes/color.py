@@ -52,7 +52,7 @@ class TSDSRColorMatch(io.ComfyNode):
                 f"reference holds {len(references)} pictures for {len(pictures)} in image; connect one for all or one "
                 "for each."
             )
-        results = []
+        results = torch.empty(*pictures.shape[:3], max(3, pictures.shape[3]), device=pictures.device)
         for index in range(len(pictures)):
             picture = frame(pictures, index, "image")
             model = frame(references, index % len(references), "reference")[:, :3].to(picture.device)
@@ -62,5 +62,5 @@ class TSDSRColorMatch(io.ComfyNode):
             if method == "wavelet":
                 model = resized(model, size)
             fixed = torch.lerp(rgb, COLOR_FIXES[method](rgb, model), strength)
-            results.append(torch.cat([fixed, picture[:, 3:]], dim=1).movedim(1, -1))
-        return io.NodeOutput(torch.cat(results))
+            results[index] = torch.cat([fixed, picture[:, 3:]], dim=1)[0].movedim(0, -1)
+        return io.NodeOutput(results)

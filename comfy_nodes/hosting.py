@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +68,20 @@ class HostedModel:
 
     @contextmanager
     def ready(self, memory: float) -> Iterator[None]:
-        """The networks on the device they run on, with `memory` bytes free beside them as far as the host can."""
-        model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+        """The networks on the device they run on, with `memory` bytes free beside them as far as the host can.
+
+        Raises:
+            MemoryError: if the weights themselves do not fit.
+        """
+        try:
+            model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"The model's {self.patcher.model_size() / 1e9:.1f} GB of weights do not fit into memory; choose dtype"
+                " fp8 or bf16 in the loader, or close what else uses the memory."
+            ) from error
         networks, device = self.patcher.model, self.patcher.load_device
         # With --novram the host leaves in place what it cannot cast layer by layer.
         stranded = any(weight.device.type != torch.device(device).type for weight in networks.parameters())
@@ -118,8 +130,9 @@ def upscale_batch(
     progress = Progress(count)
     results = None
     runner = _Runner(model, tiles, progress, arguments)
-    with model.ready(runner.memory_for(tuple(batch.shape[1:3]))):
-        runner.fit_to_free_memory()
+    size = (batch.shape[1], batch.shape[2])
+    with model.ready(runner.memory_for(size)):
+        runner.fit_to_free_memory(size)
         for index in range(count):
             model_management.throw_exception_if_processing_interrupted()
             picture = frame(batch, index, "image")
@@ -131,11 +144,11 @@ def upscale_batch(
             if picture.shape[1] == 4:
                 results[index, ..., 3] = resized(picture[:, 3:], tuple(rgb.shape[-2:]))[0, 0]
     assert results is not None
-    size = (results.shape[1], results.shape[2])
-    enlarged = upscaled_mask(mask, size)
+    shape = (results.shape[1], results.shape[2])
+    enlarged = upscaled_mask(mask, shape)
     if enlarged is None:
         # ComfyUI's masks mark what is transparent.
-        enlarged = 1 - results[..., 3] if results.shape[-1] == 4 else torch.zeros(1, *size, device=device)
+        enlarged = 1 - results[..., 3] if results.shape[-1] == 4 else torch.zeros(1, *shape, device=device)
     return results, enlarged.to(device)
 
 
@@ -144,23 +157,24 @@ class _Runner:
 
     def __init__(self, model: HostedModel, tiles: Tiles, progress: Progress, arguments: dict[str, Any]):
         self.model, self.tiles, self.progress, self.arguments = model, tiles, progress, arguments
-        self._automatic = tiles.vae_tile_size
 
     def memory_for(self, size: tuple[int, int]) -> float:
         """About how many bytes a picture of this height and width takes beside the weights."""
         height, width = self._result_size(size)
-        tile = min(height * width, self.tiles.vae_tile_size**2)
         # The picture in float32 at several stages, and the tile that is being decoded.
-        return 6 * 12 * height * width + tile * self.model.vae_bytes_per_pixel()
+        return 6 * 12 * height * width + self._tile_bytes(height, width)
 
-    def fit_to_free_memory(self) -> None:
+    def fit_to_free_memory(self, size: tuple[int, int]) -> None:
         """Begin with VAE tiles that fit what is free now, rather than find out by running out."""
-        device = self.model.patcher.load_device
-        free = 0.8 * model_management.get_free_memory(device)
+        free = 0.8 * model_management.get_free_memory(self.model.patcher.load_device)
+        if self._tile_bytes(*self._result_size(size)) <= free:
+            return
         side = fitting_vae_tile(self.tiles.vae_tile_size, free, self.model.vae_bytes_per_pixel())
-        if side < self.tiles.vae_tile_size:
-            logger.info("[tsdsr] VAE tiles of %d px fit the %.1f GB that are free.", side, free / 1e9)
-            self.tiles = Tiles(**{**asdict(self.tiles), "vae_tile_size": side})
+        logger.info("[tsdsr] VAE tiles of %d px fit the %.1f GB that are free.", side, free / 1e9)
+        self.tiles = replace(self.tiles, vae_tile_size=side)
+
+    def _tile_bytes(self, height: int, width: int) -> float:
+        return min(height * width, self.tiles.vae_tile_size**2) * self.model.vae_bytes_per_pixel()
 
     def run(self, picture: Tensor, generator: torch.Generator | None) -> Tensor:
         """One picture (1, 3, H, W) in 0..1 -> (1, 3, H', W')."""

@@ -225,12 +225,13 @@ def _load_lora(
     from comfy import model_management
 
     from ..checkpoints import assemble_tsdsr, describe
+    from ..checkpoints.model_card import licence_name, licence_of
     from ..pipelines.loading import prefer_channels_last
 
     base, vae_path, embeddings = files.parts(lora, base_model, vae)
     pipeline = assemble_tsdsr(base, vae_path, lora, embeddings, dtype=dtype, merge_lora=merge)
     prefer_channels_last(pipeline.vae, model_management.get_torch_device())
-    licence = describe(base)["licence"]
+    licence = licence_name(licence_of(base if base.is_dir() else base.parent, dict(pipeline.transformer.config)))
     return pipeline, {**describe(lora), "licence": licence, "base": base, "vae": vae_path, "embeddings": embeddings}
 
 

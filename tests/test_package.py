@@ -21,7 +21,13 @@ MAY_IMPORT = {
     "models": set(),
     "imaging": set(),
 }
-ONLY_IN = {"PIL": "imaging", "accelerate": "training", "comfy": "comfy_nodes", "comfy_api": "comfy_nodes"}
+ONLY_IN = {
+    "PIL": "imaging",
+    "accelerate": "training",
+    "comfy": "comfy_nodes",
+    "comfy_api": "comfy_nodes",
+    "folder_paths": "comfy_nodes",
+}
 MODULES = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 

@@ -70,6 +70,19 @@ def test_lists(models, published, make_pipeline, refresh):
     assert options("vae") == ["automatic"]
 
 
+def test_folders_of_extra_model_paths(models, published, make_pipeline, tmp_path, refresh):
+    """A second folder of our kind, and one beside checkpoints that lie elsewhere."""
+    import folder_paths
+
+    make_pipeline().save_pretrained(tmp_path / "elsewhere" / "mine")
+    make_pipeline().save_pretrained(tmp_path / "shared" / "tsdsr" / "ours")
+    folder_paths.folder_names_and_paths["tsdsr"][0].append(str(tmp_path / "elsewhere"))
+    folder_paths.folder_names_and_paths["checkpoints"][0].append(str(tmp_path / "shared" / "checkpoints"))
+    refresh()
+    assert options("model") == ["embedded", "mine", "ours", "release"]
+    assert load("mine")[1] and load("ours")[1] and files.home() == models / "tsdsr"
+
+
 def test_pipeline_folder(models, make_pipeline, pictures):
     pipeline = make_pipeline()
     pipeline.save_pretrained(models / "tsdsr" / "mine")
@@ -101,6 +114,21 @@ def test_transformer_and_vae_in_files_of_their_own(published, sd3, models, save_
     torch.testing.assert_close(run(load("release")[0], pictures()), whole, rtol=0, atol=1e-5)
     named = load("release", base_model="diffusion_models/dit.safetensors", vae="vae/sd3_vae.safetensors")[0]
     torch.testing.assert_close(run(named, pictures()), whole, rtol=0, atol=1e-5)
+
+
+def test_transformer_with_diffusers_keys(published, sd3, models, save_single_file, pictures, refresh):
+    whole = run(load("release")[0], pictures())
+    save_file(sd3[0].state_dict(), models / "diffusion_models" / "dit.safetensors")
+    save_file(sd3[1].state_dict(), models / "vae" / "vae.safetensors")
+    refresh()
+    model, info = load("release", base_model="diffusion_models/dit.safetensors", vae="vae/vae.safetensors")
+    torch.testing.assert_close(run(model, pictures()), whole, rtol=0, atol=1e-5)
+    assert "licence: unknown" in info
+
+
+def test_licence_of_the_base_is_shown(published, models):
+    (models / "checkpoints" / "README.md").write_text("---\nlicense: other\nlicense_name: some-licence\n---\n")
+    assert "licence: some-licence" in load("release")[1]
 
 
 def test_diffusers_folder_as_base(published, sd3, models, pictures, refresh):

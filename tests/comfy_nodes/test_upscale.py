@@ -252,6 +252,31 @@ def test_out_of_memory_for_good_gives_advice(embedded, pictures):
     assert tuple(tiled(embedded, pictures(1, 40, 52))[0].shape) == (1, 80, 104, 3)
 
 
+def test_weights_that_do_not_fit_give_advice(embedded, pictures, monkeypatch):
+    from comfy import model_management
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model_management, "load_models_gpu", full)
+    with pytest.raises(MemoryError, match="weights do not fit into memory; choose dtype fp8"):
+        upscale(embedded, pictures())
+
+
+def test_weights_the_host_leaves_behind_are_moved_for_the_run(embedded, pictures, monkeypatch):
+    """With --novram the host loads nothing that it cannot cast layer by layer."""
+    from comfy import model_management
+
+    moved = []
+    networks = embedded.patcher.model
+    monkeypatch.setattr(model_management, "load_models_gpu", lambda *_, **__: None)
+    monkeypatch.setattr(embedded.patcher, "load_device", torch.device("meta"))
+    monkeypatch.setattr(type(networks), "to", lambda self, device: moved.append(str(device)))
+    with embedded.ready(0):
+        assert moved == ["meta"]
+    assert moved == ["meta", "cpu"]
+
+
 def test_other_errors_are_not_taken_for_memory(embedded, pictures):
     hook = embedded.pipeline.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
     try:
@@ -267,7 +292,16 @@ def test_vae_tiles_begin_where_they_fit(embedded, pictures, monkeypatch, caplog)
     caplog.set_level("INFO")
     monkeypatch.setattr(model_management, "get_free_memory", lambda *_, **__: 400e6)
     tiled(embedded, pictures(1, 40, 40))
-    assert "VAE tiles of" in caplog.text and "0.3 GB" in caplog.text
+    assert "VAE tiles of" not in caplog.text  # this one fits whole
+    seen = []
+    hook = embedded.pipeline.vae.decoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    upscale(embedded, pictures(1, 130, 10), 4.0, process_size=0)
+    assert not seen[1:]
+    monkeypatch.setattr(model_management, "get_free_memory", lambda *_, **__: 200e6)
+    upscale(embedded, pictures(1, 130, 200), 4.0, process_size=0)
+    hook.remove()
+    assert "VAE tiles of 256 px fit the 0.2 GB" in caplog.text
+    assert len(seen) > 2 and {max(shape[-2:]) for shape in seen[1:]} == {64}
 
 
 def test_a_failing_compiler_is_left_out(embedded, pictures, caplog):
