@@ -234,9 +234,14 @@ def _is_compile_failure(error: Exception) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
+def compiled_parts(pipeline: "TSDSRPipeline") -> list[torch.nn.Module]:
+    """The modules that the pipeline calls as such; the VAE's own call is not among them."""
+    return [pipeline.vae.encoder, pipeline.transformer, pipeline.vae.decoder]
+
+
 def _stop_compiling(pipeline: "TSDSRPipeline") -> bool:
     """Whether something was compiled; it no longer is."""
-    compiled = [m for m in (pipeline.vae, pipeline.transformer) if m._compiled_call_impl is not None]
+    compiled = [module for module in compiled_parts(pipeline) if module._compiled_call_impl is not None]
     for module in compiled:
         module._compiled_call_impl = None
     return bool(compiled)

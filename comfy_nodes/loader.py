@@ -154,7 +154,7 @@ class TSDSRLoader(io.ComfyNode):
         import torch
 
         _drop_empty_torchvision()
-        from .hosting import HostedModel
+        from .hosting import HostedModel, compiled_parts
 
         # The host runs nodes in inference mode; weights made in it could not be compiled or given adapters.
         with torch.inference_mode(False), torch.no_grad():
@@ -175,8 +175,8 @@ class TSDSRLoader(io.ComfyNode):
                 _store_in_8_bits(pipeline, compute)
             if compile:
                 # In place, so that the host moves the same modules; shapes change with every picture.
-                pipeline.transformer.compile(dynamic=True)
-                pipeline.vae.compile(dynamic=True)
+                for module in compiled_parts(pipeline):
+                    module.compile(dynamic=True)
             info = _describe(found.name if found else files.EMBEDDED, source, pipeline, dtype)
             hosted = HostedModel(pipeline, info)
         logger.info("[tsdsr] Loaded:\n%s", info)

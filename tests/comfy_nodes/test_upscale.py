@@ -319,6 +319,24 @@ def test_a_failing_compiler_is_left_out(embedded, pictures, caplog):
     assert "going on without" in caplog.text and not _stop_compiling(model.pipeline)
 
 
+def test_compile_is_asked_for_what_is_called(pictures, monkeypatch):
+    """Compiling itself takes minutes; that it is in the way of every call of the networks is checked instead."""
+    asked, called = [], []
+
+    def compiled(self, **options):
+        asked.append((type(self).__name__, options))
+        self._compiled_call_impl = lambda *args, **kwargs: (
+            called.append(type(self).__name__),
+            self.forward(*args, **kwargs),
+        )[1]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    model = TSDSRLoader.execute("embedded", "auto", compile=True).result[0]
+    upscale(model, pictures())
+    names = ["EncoderTiny", "SD3Transformer2DModel", "DecoderTiny"]
+    assert asked == [(name, {"dynamic": True}) for name in names] and called == names
+
+
 def test_a_model_that_nobody_holds_is_freed(pictures):
     from comfy import model_management
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -252,6 +253,11 @@ def comfy(tmp_path_factory, save_single_file):
 
     assert COMFYUI is not None
     base = tmp_path_factory.mktemp("comfyui")
+    if os.environ.get("TSDSR_SCREENSHOTS"):
+        # Its path is in the pictures.
+        base = Path(tempfile.gettempdir()) / "comfyui"
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir()
     copy_of_the_repository(base / "custom_nodes" / PACK)
     _models(base, save_single_file, is_target)
     _inputs(base)
