@@ -203,8 +203,8 @@ def one_photo() -> Graph:
         620,
         "## Upscale one photo\n\nChoose your photograph in **Load Image** and run. The **embedded** model ships with the "
         "nodes: nothing is downloaded, and it runs without a GPU.\n\nThe models are made for a factor of 4. **color_fix** "
-        "keeps the colours of the photograph. Right-click the node and show its advanced inputs for an exact width and "
-        "height.",
+        "keeps the colours of the photograph. **width** and **height** ask for an exact size instead of a factor; some "
+        "versions of ComfyUI hide them until you right-click the node and show its advanced inputs.",
         320,
     )
     big = upscale(graph, 1, 0, model, photo["IMAGE"])

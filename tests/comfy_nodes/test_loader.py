@@ -116,6 +116,16 @@ def test_transformer_and_vae_in_files_of_their_own(published, sd3, models, save_
     torch.testing.assert_close(run(named, pictures()), whole, rtol=0, atol=1e-5)
 
 
+def test_names_with_sd3_come_first(published, models, sd3, save_single_file, refresh):
+    save_single_file(models / "checkpoints" / "another.safetensors", *sd3)
+    save_single_file(models / "checkpoints" / "big_sd3.safetensors", *sd3)
+    refresh()
+    assert files.find_base().name == "sd3_medium.safetensors"
+    (models / "checkpoints" / "sd3_medium.safetensors").unlink()
+    refresh()
+    assert files.find_base().name == "big_sd3.safetensors"
+
+
 def test_transformer_with_diffusers_keys(published, sd3, models, save_single_file, pictures, refresh):
     whole = run(load("release")[0], pictures())
     save_file(sd3[0].state_dict(), models / "diffusion_models" / "dit.safetensors")
