@@ -1,7 +1,8 @@
 """Models where ComfyUI users keep them: found through `folder_paths`, so that extra_model_paths.yaml counts.
 
-Names in the loader's lists are "embedded", "NAME" for a folder under models/tsdsr, "KIND/NAME" for the others (KIND is
-a folder type of ComfyUI: loras, checkpoints, diffusion_models, diffusers, vae), always with forward slashes.
+Names in the loader's lists are "embedded", "NAME" for a folder under models/tsdsr ("." for that folder itself),
+"KIND/NAME" for the others (KIND is a folder type of ComfyUI: loras, checkpoints, diffusion_models, diffusers, vae),
+always with forward slashes.
 """
 
 import os
@@ -33,13 +34,16 @@ class Found:
 
 
 def models() -> list[Found]:
-    """Pipeline folders and published LoRA folders under models/tsdsr, and LoRA folders under models/loras."""
+    """Pipeline folders and published LoRA folders under models/tsdsr, and LoRA folders under models/loras.
+
+    A LoRA folder that lacks one of its two files is listed as well: what is missing is told when it is loaded.
+    """
     found: dict[str, Found] = {}
     for kind, label in ((KIND, ""), ("loras", "loras/")):
         for root in _roots(kind):
-            for folder in _folders(root):
+            for folder in (root, *_folders(root)):
                 name = label + folder.relative_to(root).as_posix()
-                is_lora = all((folder / file).is_file() for file in LORA_FILES.values())
+                is_lora = any((folder / file).is_file() for file in LORA_FILES.values())
                 is_pipeline = kind == KIND and (folder / "model_index.json").is_file()
                 if name not in found and (is_lora or is_pipeline):
                     found[name] = Found(name, folder, is_lora and not is_pipeline)
@@ -64,12 +68,7 @@ def model_path(name: str) -> Found | None:
 def weights_path(name: str) -> Path | None:
     """The file or folder of a name of `bases` or `vaes`, or None where it is not there."""
     kind, _, rest = name.partition("/")
-    if kind == "diffusers":
-        candidates = [root / rest for root in _roots(kind)]
-    else:
-        full = folder_paths.get_full_path(kind, rest.replace("/", os.sep)) if kind in _kinds() else None
-        candidates = [Path(full)] if full else []
-    return next((path for path in candidates if path.exists()), None)
+    return next((root / rest for root in _roots(kind) if rest and (root / rest).exists()), None)
 
 
 def parts(lora: Path, base_model: str, vae: str) -> tuple[Path, Path, Path]:
@@ -96,14 +95,13 @@ def find_base() -> Path:
     """The first SD3 transformer there is, names with "sd3" before others.
 
     Raises:
-        CheckpointError: naming the folder to put one into.
+        CheckpointError: naming the folder to put one into, or what is wrong with the one that is there.
     """
-    for name in _sd3_first(bases()):
-        path = weights_path(name)
-        if path is not None and "transformer" in _contents(path):
-            return path
+    found = _first("transformer", bases())
+    if isinstance(found, Path):
+        return found
     raise CheckpointError(
-        "No SD3 base was found, and the TSD-SR LoRA needs one; put sd3_medium.safetensors into"
+        f"No SD3 base was found, and the TSD-SR LoRA needs one{found}; put sd3_medium.safetensors into"
         f" {_home('checkpoints')}, or its transformer alone into {_home('diffusion_models')}."
     )
 
@@ -112,26 +110,27 @@ def find_vae(base: Path) -> Path:
     """The base where it has a VAE, else the first VAE of SD3 there is, names with "sd3" before others.
 
     Raises:
-        CheckpointError: naming the folder to put one into.
+        CheckpointError: naming the folder to put one into, or what is wrong with the one that is there.
     """
     if "vae" in _contents(base):
         return base
-    for name in [*_sd3_first(vaes()), *_sd3_first(bases())]:
-        path = weights_path(name)
-        if path is not None and "vae" in _contents(path):
-            return path
+    found = _first("vae", [*_sd3_first(vaes()), *_sd3_first(bases())])
+    if isinstance(found, Path):
+        return found
     raise CheckpointError(
-        f"No VAE of SD3 was found, and {base} holds none; put SD3's VAE (16 latent channels) into {_home('vae')}."
+        f"No VAE of SD3 was found, and {base} holds none{found}; put SD3's VAE (16 latent channels) into"
+        f" {_home('vae')}."
     )
 
 
 def find_embeddings(lora: Path) -> Path:
-    """The folder of the prompt's embeddings: the LoRA's own, or any under models/tsdsr.
+    """The folder of the prompt's embeddings: the LoRA's own, or any under models/tsdsr and models/embeddings.
 
     Raises:
         CheckpointError: naming the folder to put them into.
     """
-    for folder in [lora, *(folder for root in _roots(KIND) for folder in (root, *_folders(root)))]:
+    roots = [root for kind in (KIND, "embeddings") for root in _roots(kind)]
+    for folder in [lora, *(folder for root in roots for folder in (root, *_folders(root)))]:
         if all(
             any((folder / f"{stem}{suffix}").is_file() for suffix in EMBEDDING_SUFFIXES)
             for stem in EMBEDDING_FILES.values()
@@ -161,7 +160,7 @@ def missing(name: str, what: str) -> str:
             f"The LoRA {rest!r} is not there; put its folder, with transformer.safetensors and vae.safetensors, into"
             f" {_home('loras')}."
         )
-    folder = _home(kind if kind in _kinds() else ("vae" if what == "vae" else "checkpoints"))
+    folder = _home(kind if kind in folder_paths.folder_names_and_paths else ("vae" if what == "vae" else "checkpoints"))
     return f"The {what} {rest or name!r} is not there; put it into {folder}, or choose {AUTOMATIC}."
 
 
@@ -171,10 +170,6 @@ def fingerprint(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple(
         (str(file), status.st_size, status.st_mtime_ns) for file in files if file.is_file() and (status := file.stat())
     )
-
-
-def _kinds() -> set[str]:
-    return {"checkpoints", "diffusion_models", "vae"}
 
 
 def _roots(kind: str) -> list[Path]:
@@ -209,10 +204,12 @@ def _names(kind: str) -> list[str]:
 
 
 def _diffusers_folders() -> list[str]:
-    folders = ((root, folder) for kind in ("diffusers",) for root in _roots(kind) for folder in _folders(root))
+    """SD3 in diffusers' layout, wherever such a folder was put."""
     return [
-        f"diffusers/{folder.relative_to(root).as_posix()}"
-        for root, folder in folders
+        f"{kind}/{folder.relative_to(root).as_posix()}"
+        for kind in ("diffusers", "checkpoints", "diffusion_models")
+        for root in _roots(kind)
+        for folder in _folders(root)
         if (folder / "transformer" / "config.json").is_file()
     ]
 
@@ -221,12 +218,22 @@ def _sd3_first(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: ("sd3" not in name.lower(), "medium" not in name.lower(), name))
 
 
+def _first(side: str, names: list[str]) -> Path | str:
+    """The first file or folder with this network; else a phrase on one that could not be read, or an empty one."""
+    flaw = ""
+    for name in _sd3_first(names):
+        path = weights_path(name)
+        try:
+            if path is not None and side in _contents(path):
+                return path
+        except CheckpointError as error:
+            flaw = flaw or f" ({str(error).rstrip('.').replace('; ', ', ')})"
+    return flaw
+
+
 def _contents(path: Path) -> set[str]:
     from ..checkpoints import single_file
 
     if path.is_dir():
         return {side for side in ("transformer", "vae") if (path / side / "config.json").is_file()}
-    try:
-        return single_file.holds(read_header(path))
-    except CheckpointError:
-        return set()
+    return single_file.holds(read_header(path))

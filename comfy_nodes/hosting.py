@@ -125,7 +125,7 @@ def upscale_batch(
         pictures, or zeros.
     """
     batch = batch_of(image, "image")
-    count, device = batch.shape[0], model_management.intermediate_device()
+    count = batch.shape[0]
     model.set_lora_strength(lora_strength)
     progress = Progress(count)
     results = None
@@ -139,7 +139,7 @@ def upscale_batch(
             generator = torch.Generator().manual_seed(seed) if arguments.get("sample_posterior") else None
             rgb = runner.run(picture[:, :3], generator)
             if results is None:
-                results = torch.empty(count, *rgb.shape[-2:], picture.shape[1], device=device)
+                results = _room_for(count, *rgb.shape[-2:], picture.shape[1])
             results[index, ..., :3] = rgb[0].movedim(0, -1)
             if picture.shape[1] == 4:
                 results[index, ..., 3] = resized(picture[:, 3:], tuple(rgb.shape[-2:]))[0, 0]
@@ -148,8 +148,26 @@ def upscale_batch(
     enlarged = upscaled_mask(mask, shape)
     if enlarged is None:
         # ComfyUI's masks mark what is transparent.
-        enlarged = 1 - results[..., 3] if results.shape[-1] == 4 else torch.zeros(1, *shape, device=device)
-    return results, enlarged.to(device)
+        enlarged = 1 - results[..., 3] if results.shape[-1] == 4 else torch.zeros(1, *shape, device=results.device)
+    return results, enlarged.to(results.device)
+
+
+def _room_for(count: int, height: int, width: int, channels: int) -> Tensor:
+    """Memory for all results, where the host wants what travels between nodes.
+
+    Raises:
+        MemoryError: if there is not that much.
+    """
+    try:
+        return torch.empty(count, height, width, channels, device=model_management.intermediate_device())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"Not enough memory to hold {count} results of {width}x{height}"
+            f" ({4 * count * channels * height * width / 1e9:.1f} GB); choose a smaller upscale, or fewer pictures at"
+            " once."
+        ) from error
 
 
 class _Runner:

@@ -117,12 +117,37 @@ def _outputs() -> list[io.Output]:
 
 
 def _run(
-    tiles: Tiles, *, model: Any, image: Any, mask: Any, width: int, height: int, **arguments: Any
+    tiles: dict[str, int],
+    *,
+    model: Any,
+    image: Any,
+    upscale: float,
+    color_fix: str,
+    seed: int,
+    mask: Any = None,
+    width: int = 0,
+    height: int = 0,
+    lora_strength: float = 1.0,
+    **options: Any,
 ) -> io.NodeOutput:
+    """What both upscalers do; `options` and `tiles` that were left out have the pipeline's defaults."""
     from .hosting import upscale_batch
 
+    defaults = pipeline_defaults()
     return io.NodeOutput(
-        *upscale_batch(model, image, mask, tiles, width=width or None, height=height or None, **arguments)
+        *upscale_batch(
+            model,
+            image,
+            mask,
+            Tiles(**{name: tiles.get(name, defaults[name]) for name in Tiles.__dataclass_fields__}),
+            lora_strength,
+            seed,
+            upscale=upscale,
+            color_fix=color_fix,
+            width=width or None,
+            height=height or None,
+            **{name: options.get(name, defaults[name]) for name in ("process_size", "sample_posterior")},
+        )
     )
 
 
@@ -142,36 +167,8 @@ class TSDSRUpscale(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        image,
-        upscale,
-        color_fix,
-        seed,
-        mask=None,
-        width=0,
-        height=0,
-        lora_strength=1.0,
-        process_size=None,
-        sample_posterior=None,
-    ) -> io.NodeOutput:
-        defaults = pipeline_defaults()
-        tiles = Tiles(*(defaults[name] for name in Tiles.__dataclass_fields__))
-        return _run(
-            tiles,
-            model=model,
-            image=image,
-            mask=mask,
-            width=width,
-            height=height,
-            upscale=upscale,
-            color_fix=color_fix,
-            seed=seed,
-            lora_strength=lora_strength,
-            process_size=defaults["process_size"] if process_size is None else process_size,
-            sample_posterior=defaults["sample_posterior"] if sample_posterior is None else sample_posterior,
-        )
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return _run({}, **inputs)
 
 
 class TSDSRTiledUpscale(io.ComfyNode):
@@ -239,37 +236,5 @@ class TSDSRTiledUpscale(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        image,
-        upscale,
-        color_fix,
-        seed,
-        tile_size,
-        tile_overlap,
-        tile_batch_size,
-        vae_tile_size=None,
-        mask=None,
-        width=0,
-        height=0,
-        lora_strength=1.0,
-        process_size=None,
-        sample_posterior=None,
-    ) -> io.NodeOutput:
-        defaults = pipeline_defaults()
-        tiles = Tiles(tile_size, tile_overlap, tile_batch_size, vae_tile_size or defaults["vae_tile_size"])
-        return _run(
-            tiles,
-            model=model,
-            image=image,
-            mask=mask,
-            width=width,
-            height=height,
-            upscale=upscale,
-            color_fix=color_fix,
-            seed=seed,
-            lora_strength=lora_strength,
-            process_size=defaults["process_size"] if process_size is None else process_size,
-            sample_posterior=defaults["sample_posterior"] if sample_posterior is None else sample_posterior,
-        )
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return _run({name: inputs.pop(name) for name in Tiles.__dataclass_fields__ if name in inputs}, **inputs)

@@ -16,7 +16,7 @@ if not hasattr(sys.modules.get("torchvision", sys), "__file__"):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
 
-KINDS = ("tsdsr", "checkpoints", "diffusion_models", "vae", "loras", "diffusers")
+KINDS = ("tsdsr", "checkpoints", "diffusion_models", "vae", "loras", "diffusers", "embeddings")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tsdsr.checkpoints import CheckpointError
 from tsdsr.comfy_nodes import TSDSRLoader, TSDSRUpscale, files
 
 ROOT = Path(tsdsr.__file__).resolve().parent
+GOLDEN = ROOT.parent / "shared" / "golden" / "inference"
 
 
 def options(name):
@@ -29,7 +30,8 @@ def load(model="embedded", dtype="auto", **more):
 
 
 def run(model, picture, **more):
-    return TSDSRUpscale.execute(model, picture, 2.0, "none", 0, process_size=32, **more).result[0]
+    inputs = {"upscale": 2.0, "color_fix": "none", "seed": 0, "process_size": 32, **more}
+    return TSDSRUpscale.execute(model=model, image=picture, **inputs).result[0]
 
 
 def test_embedded():
@@ -141,15 +143,37 @@ def test_licence_of_the_base_is_shown(published, models):
     assert "licence: some-licence" in load("release")[1]
 
 
-def test_diffusers_folder_as_base(published, sd3, models, pictures, refresh):
+@pytest.mark.parametrize("kind", ["diffusers", "checkpoints", "diffusion_models"])
+def test_diffusers_folder_as_base(kind, published, sd3, models, pictures, refresh):
     whole = run(load("release")[0], pictures())
     (models / "checkpoints" / "sd3_medium.safetensors").unlink()
-    sd3[0].save_pretrained(models / "diffusers" / "sd3" / "transformer")
-    sd3[1].save_pretrained(models / "diffusers" / "sd3" / "vae")
+    sd3[0].save_pretrained(models / kind / "sd3" / "transformer")
+    sd3[1].save_pretrained(models / kind / "sd3" / "vae")
     refresh()
-    assert options("base_model") == ["automatic", "diffusers/sd3"]
-    for base in ("automatic", "diffusers/sd3"):
+    assert f"{kind}/sd3" in options("base_model")
+    for base in ("automatic", f"{kind}/sd3"):
         torch.testing.assert_close(run(load("release", base_model=base)[0], pictures()), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no results of the published procedure in {GOLDEN}: NOT compared")
+@pytest.mark.parametrize(("color_fix", "most"), [("none", 2), ("wavelet", 2), ("adain", 3)])
+def test_agrees_with_the_published_procedure(models, refresh, color_fix, most):
+    """The published files where a user would put them, through loader and upscaler, against the published pictures."""
+    import numpy as np
+    from PIL import Image
+
+    shutil.copytree(GOLDEN / "sd3", models / "diffusers" / "sd3")
+    shutil.copytree(GOLDEN / "lora", models / "loras" / "tsdsr")
+    shutil.copytree(GOLDEN / "embeddings", models / "tsdsr" / "default")
+    refresh()
+    model, _ = load("loras/tsdsr")
+    name = "square_128x128.png"
+    image = torch.from_numpy(np.asarray(Image.open(GOLDEN / "inputs" / name).convert("RGB")) / 255.0)[None].float()
+    inputs = {"upscale": 4.0, "color_fix": color_fix, "seed": 0}
+    result = TSDSRUpscale.execute(model=model, image=image, **inputs).result[0][0]
+    folder = GOLDEN / f"official_x4_{'nofix' if color_fix == 'none' else color_fix}"
+    published = np.asarray(Image.open(folder / name).convert("RGB")).astype(int)
+    assert np.abs((result * 255).round().int().numpy() - published).max() <= most
 
 
 def test_strength(published, pictures):
@@ -195,6 +219,33 @@ def test_missing_parts_name_the_folder(published, models, refresh, lost, folder,
     with pytest.raises(CheckpointError) as caught:
         load("release")
     assert str(models / folder) in str(caught.value) and said in str(caught.value)
+
+
+def test_an_incomplete_lora_folder_says_what_it_lacks(published, models):
+    (published / "vae.safetensors").unlink()
+    assert "release" in options("model")
+    with pytest.raises(CheckpointError, match=r"vae\.safetensors is missing"):
+        load("release")
+
+
+def test_a_broken_base_is_named(published, models, refresh):
+    path = models / "checkpoints" / "sd3_medium.safetensors"
+    path.write_text("<!DOCTYPE html><html>Log in to download</html>")
+    refresh()
+    with pytest.raises(CheckpointError) as caught:
+        load("release")
+    assert f"{path} is an HTML page" in str(caught.value) and str(models / "checkpoints") in str(caught.value)
+    with pytest.raises(CheckpointError, match="is an HTML page"):
+        load("release", base_model="checkpoints/sd3_medium.safetensors")
+
+
+def test_files_in_the_folder_itself_and_embeddings_elsewhere(published, models, pictures):
+    whole = run(load("release")[0], pictures())
+    (models / "embeddings" / "tsdsr").mkdir()
+    for path in published.iterdir():
+        path.rename((models / "embeddings" / "tsdsr" if path.suffix == ".pt" else models / "tsdsr") / path.name)
+    assert options("model") == ["embedded", "."]
+    assert torch.equal(run(load(".")[0], pictures()), whole)
 
 
 def test_missing_vae_names_the_folder(published, models, sd3, save_single_file, refresh):

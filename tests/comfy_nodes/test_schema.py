@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 import tsdsr
 from tsdsr import TSDSRPipeline
@@ -62,11 +63,18 @@ def test_schema(name):
         if getattr(widget, "options", None):
             assert default in widget.options
     assert all(output.tooltip for output in found.outputs)
-    # What may be left out has a default in the method as well.
-    parameters = inspect.signature(NODES[name].execute).parameters
-    for widget in found.inputs:
-        assert widget.id in parameters
-        assert not widget.optional or parameters[widget.id].default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("name", ["TSDSRUpscale", "TSDSRTiledUpscale"])
+def test_what_is_optional_may_be_left_out(name, embedded, pictures):
+    """And then means what the schema shows as its default."""
+    widgets = NODES[name].define_schema().inputs
+    values = {widget.id: widget.default for widget in widgets if hasattr(widget, "default")}
+    required = {widget.id for widget in widgets if not widget.optional}
+    given = {"model": embedded, "image": pictures(1, 8, 8), "upscale": 2.0}
+    bare = NODES[name].execute(**{**{key: values[key] for key in required & set(values)}, **given})
+    full = NODES[name].execute(**{**values, **given, "mask": None})
+    assert torch.equal(bare.result[0], full.result[0])
 
 
 def test_advanced_inputs():

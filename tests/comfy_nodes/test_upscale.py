@@ -12,12 +12,17 @@ TILES = {"tile_size": 64, "tile_overlap": 16, "tile_batch_size": 1}
 
 
 def upscale(model, image, upscale=2.0, color_fix="wavelet", **more):
-    return TSDSRUpscale.execute(model, image, upscale, color_fix, 0, **{"process_size": 32, **more}).result
+    arguments = {"process_size": 32, **more}
+    return TSDSRUpscale.execute(
+        model=model, image=image, upscale=upscale, color_fix=color_fix, seed=0, **arguments
+    ).result
 
 
 def tiled(model, image, upscale=2.0, color_fix="wavelet", **more):
     arguments = {**TILES, "process_size": 0, **more}
-    return TSDSRTiledUpscale.execute(model, image, upscale, color_fix, 0, **arguments).result
+    return TSDSRTiledUpscale.execute(
+        model=model, image=image, upscale=upscale, color_fix=color_fix, seed=0, **arguments
+    ).result
 
 
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain", "lab", "none"])
@@ -142,7 +147,8 @@ def test_sampled_posterior_follows_the_seed(make_pipeline, pictures):
     model = HostedModel(make_pipeline(vae="kl"), "")
 
     def draw(seed, **more):
-        return TSDSRUpscale.execute(model, pictures(), 2.0, "none", seed, process_size=32, **more).result[0]
+        inputs = {"upscale": 2.0, "color_fix": "none", "seed": seed, "process_size": 32, **more}
+        return TSDSRUpscale.execute(model=model, image=pictures(), **inputs).result[0]
 
     assert torch.equal(draw(1), draw(2))
     sampled = draw(1, sample_posterior=True)
@@ -254,6 +260,19 @@ def test_out_of_memory_for_good_gives_advice(embedded, pictures):
     finally:
         hook.remove()
     assert tuple(tiled(embedded, pictures(1, 40, 52))[0].shape) == (1, 80, 104, 3)
+
+
+def test_results_that_do_not_fit_give_advice(embedded, pictures, monkeypatch):
+    real = torch.empty
+
+    def full(*size, **options):
+        if size[1:3] == (40, 52):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryError, match=r"hold 2 results of 52x40 .* fewer pictures"):
+        upscale(embedded, pictures(2))
 
 
 def test_weights_that_do_not_fit_give_advice(embedded, pictures, monkeypatch):
