@@ -30,6 +30,7 @@ from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .data import DegradedBatches, load_uint8, split_photographs
 from .degradation import degrade
+from .objectives import frequency_l1, gradient_l1
 
 
 @dataclass
@@ -167,19 +168,6 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
-
-
-def gradient_l1(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal and vertical finite differences."""
-    loss = output.new_zeros(())
-    for dim in (2, 3):
-        loss = loss + (output.diff(dim=dim) - target.diff(dim=dim)).abs().mean()
-    return loss
-
-
-def frequency_l1(output: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of the orthonormal 2-D Fourier transforms."""
-    return (torch.fft.rfft2(output, norm="ortho") - torch.fft.rfft2(target, norm="ortho")).abs().mean()
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""What a student is trained towards: pure functions of tensors and of velocity callables, one equation each.
+
+They know nothing of adapters, accelerators or files. A velocity callable is `(z, sigma) -> v`: latents z (B, C, h, w)
+at noise levels sigma (B,), 0..1, with z = sigma * noise + (1 - sigma) * clean, and v = noise - clean.
+"""
+
+from .noise import add_noise, clean_from_velocity, ddpm_velocity, noise_levels
+from .reconstruction import frequency_l1, gradient_l1, latent_mse, pixel_l1
+from .tsd import (
+    TSDGradient,
+    classifier_free_guidance,
+    dasm_trajectory,
+    fake_score_loss,
+    tsd_gradient,
+    tsd_loss,
+)
+
+__all__ = [
+    "TSDGradient",
+    "add_noise",
+    "classifier_free_guidance",
+    "clean_from_velocity",
+    "dasm_trajectory",
+    "ddpm_velocity",
+    "fake_score_loss",
+    "frequency_l1",
+    "gradient_l1",
+    "latent_mse",
+    "noise_levels",
+    "pixel_l1",
+    "tsd_gradient",
+    "tsd_loss",
+]
