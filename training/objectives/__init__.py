@@ -5,7 +5,7 @@ at noise levels sigma (B,), 0..1, with z = sigma * noise + (1 - sigma) * clean, 
 """
 
 from .noise import add_noise, clean_from_velocity, ddpm_velocity, noise_levels
-from .reconstruction import frequency_l1, gradient_l1, latent_mse, pixel_l1
+from .reconstruction import EncoderFeatureDistance, frequency_l1, gradient_l1, latent_mse, pixel_l1
 from .tsd import (
     TSDGradient,
     classifier_free_guidance,
@@ -16,6 +16,7 @@ from .tsd import (
 )
 
 __all__ = [
+    "EncoderFeatureDistance",
     "TSDGradient",
     "add_noise",
     "classifier_free_guidance",
