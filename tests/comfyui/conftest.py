@@ -1,4 +1,6 @@
-"""A real ComfyUI: its folder is named by COMFYUI_PATH, its Python by COMFYUI_PYTHON (this one where it is not set).
+"""A real ComfyUI: its folder is named by COMFYUI_PATH, its Python by COMFYUI_PYTHON.
+
+Where the latter is not set, it is that of a virtual environment in ComfyUI's folder, else this one.
 
 The server runs on the CPU in a base folder of its own, with a copy of this repository among its custom nodes and tiny
 random weights in the published layouts among its models.
@@ -27,7 +29,10 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
-PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+PYTHON = os.environ.get("COMFYUI_PYTHON") or next(
+    (str(path) for name in (".venv", "venv") if COMFYUI and (path := Path(COMFYUI, name, "bin", "python")).exists()),
+    sys.executable,
+)
 PACK = "ComfyUI-tsdsr"
 CHECKPOINT = "sd3_medium_incl_clips_t5xxlfp8.safetensors"
 
@@ -252,6 +257,13 @@ def comfy(tmp_path_factory, save_single_file):
     from tsdsr.checkpoints.layout import is_target
 
     assert COMFYUI is not None
+    needed = "torch, torchvision, torchaudio, aiohttp, diffusers, peft"
+    check = subprocess.run([PYTHON, "-c", f"import {needed}"], capture_output=True, text=True)
+    if check.returncode:
+        pytest.fail(
+            f"{PYTHON} cannot run ComfyUI with these nodes ({check.stderr.strip().splitlines()[-1]}): name another one"
+            " in COMFYUI_PYTHON, or install ComfyUI's requirements.txt and ours there."
+        )
     base = tmp_path_factory.mktemp("comfyui")
     if os.environ.get("TSDSR_SCREENSHOTS"):
         # Its path is in the pictures.
