@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
+from .checkpointing import Checkpoints
 from .data import DegradedBatches, load_uint8, split_photographs
 from .degradation import degrade
 from .objectives import frequency_l1, gradient_l1
@@ -267,11 +268,9 @@ def train_stage(
         )
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
 
-    checkpoint = output_dir / f"checkpoint-{stage.name}"
-    first = 0
-    if resume and (checkpoint / "step.json").is_file():
-        accelerator.load_state(str(checkpoint))
-        first = json.loads((checkpoint / "step.json").read_text())["step"]
+    checkpoints = Checkpoints(accelerator, output_dir / "checkpoints" / stage.name, total_limit=1)
+    progress = checkpoints.resume() if resume else None
+    first = progress["step"] if progress else 0
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(batches, range(first, stage.steps)), batch_size=None, num_workers=1, prefetch_factor=4
     )
@@ -331,8 +330,7 @@ def train_stage(
             report(step=step, seconds=round(time.time() - start), **means)
             running = {}
         if step % config.checkpointing_steps == 0 or step == stage.steps:
-            accelerator.save_state(str(checkpoint))
-            (checkpoint / "step.json").write_text(json.dumps({"step": step}))
+            checkpoints.save(step)
             report(step=step, **{key: round(value, 3) for key, value in averaged_validation().items()})
     ema.copy_to(model.parameters())
     torch.save(model.state_dict(), output_dir / f"{stage.name}.pt")
