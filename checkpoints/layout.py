@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..models import lora_targets
 from .errors import CheckpointError
 from .headers import FLOAT_TYPES, Header, Tensor
 
@@ -17,20 +18,6 @@ LORA_FILES = {"transformer": "transformer.safetensors", "vae": "vae.safetensors"
 EMBEDDING_FILES = {"prompt_embeds": "prompt_embeds", "pooled_prompt_embeds": "pool_embeds"}
 EMBEDDING_SUFFIXES = (".pt", ".safetensors")
 SIDE_NAMES = {"transformer": "the transformer", "vae": "the VAE"}
-
-# Modules of the transformer that carry a LoRA, matched by the last parts of their names.
-TRANSFORMER_TARGETS = (
-    "to_k",
-    "to_q",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "proj",
-    "linear",
-    "proj_out",
-)
 
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 _TRANSFORMER_MODULE = re.compile(r"(transformer_blocks|pos_embed|norm_out|proj_out|context_embedder|time_text_embed)\b")
@@ -44,7 +31,7 @@ def is_target(side: str, module: str) -> bool:
     """
     if side == "vae":
         return module.startswith("encoder.") or module == "quant_conv"
-    return any(module == target or module.endswith(f".{target}") for target in TRANSFORMER_TARGETS)
+    return any(module == target or module.endswith(f".{target}") for target in lora_targets.STUDENT)
 
 
 def side_of(modules: Iterable[str]) -> str | None:

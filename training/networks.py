@@ -18,21 +18,6 @@ from .objectives.noise import Velocity, per_sample
 
 STUDENT, TEACHER, FAKE_SCORE = "student", "teacher", "fake_score"
 
-# Layers of SD3's transformer that carry a LoRA, by the ends of their names (published train/train.py).
-SD3_STUDENT_TARGETS = (
-    "to_k",
-    "to_q",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "proj",
-    "linear",
-    "proj_out",
-)
-SD3_FAKE_SCORE_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
-
 
 class SharedBase:
     """A network whose roles are adapters.

@@ -4,10 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tsdsr.models import lora_targets
 from tsdsr.training.networks import (
     FAKE_SCORE,
-    SD3_FAKE_SCORE_TARGETS,
-    SD3_STUDENT_TARGETS,
     STUDENT,
     TEACHER,
     SharedBase,
@@ -29,7 +28,7 @@ def transformer(make_pipeline):
 @pytest.fixture
 def base(transformer):
     torch.manual_seed(3)
-    return SharedBase(transformer, {STUDENT: lora(SD3_STUDENT_TARGETS), FAKE_SCORE: lora(SD3_FAKE_SCORE_TARGETS)})
+    return SharedBase(transformer, {STUDENT: lora(lora_targets.STUDENT), FAKE_SCORE: lora(lora_targets.FAKE_SCORE)})
 
 
 @pytest.fixture
