@@ -68,7 +68,9 @@ def model_path(name: str) -> Found | None:
 def weights_path(name: str) -> Path | None:
     """The file or folder of a name of `bases` or `vaes`, or None where it is not there."""
     kind, _, rest = name.partition("/")
-    return next((root / rest for root in _roots(kind) if rest and (root / rest).exists()), None)
+    # Names come from whoever may queue a prompt: they do not lead out of the host's folders.
+    inside = bool(rest) and not Path(rest).is_absolute() and ".." not in Path(rest).parts
+    return next((root / rest for root in _roots(kind) if inside and (root / rest).exists()), None)
 
 
 def parts(lora: Path, base_model: str, vae: str) -> tuple[Path, Path, Path]:

@@ -188,6 +188,8 @@ class _Runner:
         if self._tile_bytes(*self._result_size(size)) <= free:
             return
         side = fitting_vae_tile(self.tiles.vae_tile_size, free, self.model.vae_bytes_per_pixel())
+        # Both kinds of tile share the overlap.
+        side = min(self.tiles.vae_tile_size, max(side, self.tiles.tile_overlap + 64))
         logger.info("[tsdsr] VAE tiles of %d px fit the %.1f GB that are free.", side, free / 1e9)
         self.tiles = replace(self.tiles, vae_tile_size=side)
 

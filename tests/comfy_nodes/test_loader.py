@@ -275,6 +275,15 @@ def test_validation_names_the_folder(models, inputs, folder):
             raise FileNotFoundError
 
 
+@pytest.mark.parametrize(
+    "name", ["checkpoints/../secret.safetensors", "checkpoints//etc/hosts", "vae/a/../../x", "vae/"]
+)
+def test_names_do_not_lead_out_of_the_folders(models, name):
+    (models / "secret.safetensors").write_text("x")
+    assert files.weights_path(name) is None
+    assert isinstance(TSDSRLoader.validate_inputs(model="embedded", base_model=name, vae="automatic"), str)
+
+
 def test_validation_passes_what_is_there(published):
     good = {"model": "release", "base_model": "checkpoints/sd3_medium.safetensors", "vae": "automatic"}
     assert TSDSRLoader.validate_inputs(**good) is True

@@ -321,8 +321,11 @@ def test_vae_tiles_begin_where_they_fit(embedded, pictures, monkeypatch, caplog)
     upscale(embedded, pictures(1, 130, 10), 4.0, process_size=0)
     assert not seen[1:]
     monkeypatch.setattr(model_management, "get_free_memory", lambda *_, **__: 200e6)
-    upscale(embedded, pictures(1, 130, 200), 4.0, process_size=0)
+    upscale(embedded, pictures(1, 80, 110), 4.0, process_size=0)
+    tiled(embedded, pictures(1, 100, 110), 4.0, tile_size=512, tile_overlap=320)  # an overlap larger than such tiles
     hook.remove()
+    assert "VAE tiles of 384 px" in caplog.text
+    seen = [shape for shape in seen if max(shape[-2:]) != 96]
     assert "VAE tiles of 256 px fit the 0.2 GB" in caplog.text
     assert len(seen) > 2 and {max(shape[-2:]) for shape in seen[1:]} == {64}
 
