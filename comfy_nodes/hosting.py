@@ -139,7 +139,7 @@ def upscale_batch(
             generator = torch.Generator().manual_seed(seed) if arguments.get("sample_posterior") else None
             rgb = runner.run(picture[:, :3], generator)
             if results is None:
-                results = _room_for(count, *rgb.shape[-2:], picture.shape[1])
+                results = _room_for(count, rgb.shape[-2], rgb.shape[-1], picture.shape[1])
             results[index, ..., :3] = rgb[0].movedim(0, -1)
             if picture.shape[1] == 4:
                 results[index, ..., 3] = resized(picture[:, 3:], tuple(rgb.shape[-2:]))[0, 0]
