@@ -21,6 +21,7 @@ def local_folder(hub_id: str, home: Path, download: bool) -> Path:
 
     Raises:
         FileNotFoundError: if it is not there and may not be fetched.
+        FileExistsError: if something else lies where it would go.
         ValueError: for something other than owner/name.
         ConnectionError: if it cannot be fetched; what came is kept, and the next try goes on from there.
     """
@@ -33,6 +34,10 @@ def local_folder(hub_id: str, home: Path, download: bool) -> Path:
         raise FileNotFoundError(
             f"{hub_id} is not in {folder}, and nothing is fetched without being asked; switch download on, or put the "
             "model's files there."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is in the way of the download and has no model_index.json, so it is no pipeline; move it."
         )
     from huggingface_hub import snapshot_download
 
@@ -49,6 +54,8 @@ def local_folder(hub_id: str, home: Path, download: bool) -> Path:
         ) from error
     if not (partial / "model_index.json").is_file():
         raise ValueError(f"{hub_id} on the Hub is not a pipeline (it has no model_index.json); choose another hub_id.")
+    if folder.exists():  # empty: not every system renames onto it
+        folder.rmdir()
     os.replace(partial, folder)
     return folder
 

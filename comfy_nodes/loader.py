@@ -152,8 +152,10 @@ class TSDSRLoader(io.ComfyNode):
         download=False,
     ) -> io.NodeOutput:
         import torch
+        from comfy import model_management
 
         _drop_empty_torchvision()
+        from ..pipelines.loading import prefer_channels_last
         from .hosting import HostedModel, compiled_parts
 
         # The host runs nodes in inference mode; weights made in it could not be compiled or given adapters.
@@ -171,6 +173,8 @@ class TSDSRLoader(io.ComfyNode):
                 pipeline, source = _load_folder(found.path if found else None, compute)
             else:
                 pipeline, source = _load_lora(found.path, base_model, vae, compute, merge_lora)
+            # For where the host will run it, not for where it was loaded.
+            prefer_channels_last(pipeline.vae, model_management.get_torch_device())
             if dtype == "fp8":
                 _store_in_8_bits(pipeline, compute)
             if compile:
@@ -222,15 +226,11 @@ def _load_folder(folder: Path | None, dtype: Any) -> tuple["TSDSRPipeline", dict
 def _load_lora(
     lora: Path, base_model: str, vae: str, dtype: Any, merge: bool
 ) -> tuple["TSDSRPipeline", dict[str, object]]:
-    from comfy import model_management
-
     from ..checkpoints import assemble_tsdsr, describe
     from ..checkpoints.model_card import licence_name, licence_of
-    from ..pipelines.loading import prefer_channels_last
 
     base, vae_path, embeddings = files.parts(lora, base_model, vae)
     pipeline = assemble_tsdsr(base, vae_path, lora, embeddings, dtype=dtype, merge_lora=merge)
-    prefer_channels_last(pipeline.vae, model_management.get_torch_device())
     licence = licence_name(licence_of(base if base.is_dir() else base.parent, dict(pipeline.transformer.config)))
     return pipeline, {**describe(lora), "licence": licence, "base": base, "vae": vae_path, "embeddings": embeddings}
 

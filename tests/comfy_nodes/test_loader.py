@@ -453,6 +453,26 @@ def test_a_download_that_breaks_off_leaves_no_model_and_goes_on_later(hub, tmp_p
         assert (home / "team--small" / path.relative_to(hub.folder)).read_bytes() == path.read_bytes()
 
 
+def test_a_folder_in_the_way_is_told_before_anything_is_fetched(hub, tmp_path):
+    home = tmp_path / "models" / "tsdsr"
+    (home / "team--small").mkdir(parents=True)
+    (home / "team--small" / "notes.txt").write_text("mine")
+    assert "FileExistsError" in in_a_process(home, hub) and not hub.requests
+    assert (home / "team--small" / "notes.txt").read_text() == "mine"
+    (home / "team--small" / "notes.txt").unlink()
+    assert in_a_process(home, hub) == str(home / "team--small")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_vae_is_laid_out_for_the_hosts_device(models, make_pipeline, monkeypatch, device):
+    from comfy import model_management
+
+    make_pipeline(vae="kl").save_pretrained(models / "tsdsr" / "mine")
+    monkeypatch.setattr(model_management, "get_torch_device", lambda: torch.device(device))
+    weight = load("mine", "fp32")[0].pipeline.vae.encoder.down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
+
+
 @pytest.mark.parametrize("name", ["small", "a/b/c", "../x", "a/..", "https://x/y"])
 def test_hub_ids(name, tmp_path):
     from tsdsr.comfy_nodes.download import local_folder
