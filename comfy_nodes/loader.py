@@ -77,7 +77,7 @@ class TSDSRLoader(io.ComfyNode):
                         default=False,
                         optional=True,
                         tooltip="Compile the networks with torch.compile: the first picture takes minutes, further "
-                        "ones of the same size are faster. Goes on without where it does not work.",
+                        "ones of the same size may be faster. Goes on without where it does not work.",
                     )
                 ),
                 advanced(
