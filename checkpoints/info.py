@@ -24,6 +24,9 @@ _EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded"
 # Written beside an unmerged pipeline by `convert_tsdsr(keep_lora=True)` and by diffusers' save_lora_weights.
 _PIPELINE_LORA = "pytorch_lora_weights.safetensors"
 
+_DENOISERS = {"transformer": ("SD3Transformer2DModel",), "unet": ("UNet2DConditionModel",)}
+_UNET_FAMILY = "TSD-SR on a UNet"
+
 # The sine table of the transformer is stored but is not a parameter.
 _CONSTANTS = ("pos_embed.pos_embed", "pos_embed")
 
@@ -40,7 +43,7 @@ def describe(model: str | Path) -> dict[str, object]:
     Returns:
         Always the same keys, None where one does not apply: path, kind, family, components (class or shape by name),
         parameters (count by component), dtype (most common first), size_bytes (on disk), latent_channels, vae_scale
-        (pixels per latent), layers, width, heads, patch_size (of the transformer), lora_rank (a number, or by component
+        (pixels per latent), layers, width, heads, patch_size (of a transformer), lora_rank (a number, or by component
         where they differ), lora_targets (adapted layers by component), licence (of the base; "unknown" where not told).
 
     Raises:
@@ -152,26 +155,28 @@ def _describe_pipeline(folder: Path) -> dict[str, object]:
     ours = pipeline == "TSDSRPipeline"
     if not ours and pipeline is not None and not str(pipeline).startswith("StableDiffusion3"):
         raise CheckpointError(f"{folder} is a {pipeline}, neither a TSD-SR nor an SD3 pipeline; name one of these.")
-    transformer = _read_config(folder, "transformer", ("SD3Transformer2DModel",))
-    vae = _read_config(folder, "vae", ("AutoencoderKL", "AutoencoderTiny"))
-
     # Components are named in model_index.json as [library, class]; absent optional ones as [null, null].
     classes = {
         name: entry[1]
         for name, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
-    } or {"transformer": transformer["_class_name"], "vae": vae["_class_name"]}
-    headers = {name: read_component_header(folder / name) for name in ("transformer", "vae")}
+    }
+    network = "unet" if ours and "unet" in classes else "transformer"
+    denoiser = _read_config(folder, network, _DENOISERS[network])
+    vae = _read_config(folder, "vae", ("AutoencoderKL", "AutoencoderTiny"))
+    # For figures that only transformers have.
+    transformer = denoiser if network == "transformer" else {}
+    headers = {name: read_component_header(folder / name) for name in (network, "vae")}
     if ours:
         headers["prompt_embeddings"] = read_component_header(folder / "prompt_embeddings")
 
     fields: dict[str, object] = {
         "kind": "TSD-SR pipeline folder" if ours else "diffusers SD3 folder",
-        "family": _family(folder, ours, vae),
-        "components": classes,
+        "family": _family(folder, ours, network, vae),
+        "components": classes or {network: denoiser["_class_name"], "vae": vae["_class_name"]},
         "parameters": {name: _parameters(header) for name, header in headers.items()},
         "dtype": _dtypes(headers.values()),
-        "latent_channels": transformer.get("in_channels"),
+        "latent_channels": denoiser.get("in_channels"),
         "vae_scale": _vae_scale(vae),
         "layers": transformer.get("num_layers"),
         "width": transformer.get("num_attention_heads", 0) * transformer.get("attention_head_dim", 0) or None,
@@ -186,9 +191,11 @@ def _describe_pipeline(folder: Path) -> dict[str, object]:
     return fields
 
 
-def _family(folder: Path, ours: bool, vae: dict) -> str:
+def _family(folder: Path, ours: bool, network: str, vae: dict) -> str:
     if not ours:
         return "SD3"
+    if network == "unet":
+        return _UNET_FAMILY
     if folder.resolve() == _EMBEDDED_FOLDER:
         return "embedded small model"
     return "small TSD-SR model" if vae["_class_name"] == "AutoencoderTiny" else "TSD-SR on SD3"
@@ -197,12 +204,12 @@ def _family(folder: Path, ours: bool, vae: dict) -> str:
 def _read_config(folder: Path, name: str, expected: tuple[str, ...]) -> dict:
     path = folder / name / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, so {folder} is no whole SD3 model; download the missing part.")
+        raise CheckpointError(f"{path} is missing, so {folder} is no whole model; download the missing part.")
     config = read_json(path, f"the config of the {name}")
     if config.get("_class_name") not in expected:
         raise CheckpointError(
-            f"{path} names a {config.get('_class_name')}, but an SD3 model has {' or '.join(expected)}; name an SD3"
-            " model."
+            f"{path} names a {config.get('_class_name')}, where {' or '.join(expected)} was expected; name a TSD-SR or"
+            " an SD3 model."
         )
     return config
 
@@ -222,8 +229,8 @@ def _dtypes(headers: Iterable[Header]) -> str:
 
 
 def _split_sides(header: Header) -> dict[str, LoraFile]:
-    """The sides of a LoRA file in diffusers' layout (`transformer.*`, `vae.*`)."""
-    sides = {side: parse_lora(header, prefix=side) for side in LORA_FILES}
+    """The sides of a LoRA file in diffusers' layout (`transformer.*` or `unet.*`, and `vae.*`)."""
+    sides = {side: parse_lora(header, prefix=side) for side in (*_DENOISERS, "vae")}
     return {side: lora for side, lora in sides.items() if lora.halves}
 
 
@@ -231,7 +238,8 @@ def _describe_lora(header: Header) -> dict[str, object]:
     """One LoRA file: published (its keys all begin with `transformer.`) or diffusers' own."""
     sides = _split_sides(header)
     if "vae" in sides:
-        return {"kind": "TSD-SR LoRA file, diffusers layout", "family": "TSD-SR on SD3", **_lora_fields(sides)}
+        family = _UNET_FAMILY if "unet" in sides else "TSD-SR on SD3"
+        return {"kind": "TSD-SR LoRA file, diffusers layout", "family": family, **_lora_fields(sides)}
     lora = sides.get("transformer")
     if lora is None or lora.side is None:
         raise CheckpointError(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import convert, info, upscale
+from . import convert, info, prepare, upscale
 
 app = typer.Typer(
     name="tsdsr",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("upscale")(upscale.upscale)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
+app.command("prepare")(prepare.prepare)
 
 
 def _print_version(wanted: bool) -> None:

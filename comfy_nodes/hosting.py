@@ -27,7 +27,7 @@ class TSDSRNetworks(torch.nn.Module):
     def __init__(self, pipeline: "TSDSRPipeline"):
         super().__init__()
         self.vae = pipeline.vae
-        self.transformer = pipeline.transformer
+        self.denoiser = pipeline.denoiser
         self.prompt_embeddings = pipeline.prompt_embeddings
 
 
@@ -256,7 +256,7 @@ def _is_compile_failure(error: Exception) -> bool:
 
 def compiled_parts(pipeline: "TSDSRPipeline") -> list[torch.nn.Module]:
     """The modules that the pipeline calls as such; the VAE's own call is not among them."""
-    return [pipeline.vae.encoder, pipeline.transformer, pipeline.vae.decoder]
+    return [pipeline.vae.encoder, pipeline.denoiser, pipeline.vae.decoder]
 
 
 def _stop_compiling(pipeline: "TSDSRPipeline") -> bool:

@@ -241,20 +241,23 @@ def _store_in_8_bits(pipeline: "TSDSRPipeline", compute: Any) -> None:
 
     # What is small and sensitive keeps its format: positions, embeddings of time and prompt, the last layers, LoRAs.
     # The modulation layers, which the model's own defaults leave out with all norms, are a third of SD3.
-    kept = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "^proj_out$", "lora_")
-    apply_layerwise_casting(pipeline.transformer, torch.float8_e4m3fn, compute, skip_modules_pattern=kept)
+    kept: tuple[str, ...] = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "^proj_out$", "lora_")
+    if pipeline.unet is not None:
+        kept = ("time_embedding", "^conv_in$", "^conv_out$", "lora_")
+    apply_layerwise_casting(pipeline.denoiser, torch.float8_e4m3fn, compute, skip_modules_pattern=kept)
 
 
 def _describe(name: str, source: dict[str, object], pipeline: "TSDSRPipeline", dtype: str) -> str:
     def millions(module: Any) -> str:
         return f"{sum(weight.numel() for weight in module.parameters()) / 1e6:.1f} M"
 
-    compute = str(pipeline.transformer.dtype).removeprefix("torch.")
+    network = "transformer" if pipeline.unet is None else "UNet"
+    compute = str(pipeline.denoiser.dtype).removeprefix("torch.")
     lines = {
         "model": name,
         "family": source["family"],
-        "parameters": f"transformer {millions(pipeline.transformer)}, VAE {millions(pipeline.vae)}",
-        "number format": f"{compute}, transformer stored in float8_e4m3fn" if dtype == "fp8" else compute,
+        "parameters": f"{network} {millions(pipeline.denoiser)}, VAE {millions(pipeline.vae)}",
+        "number format": f"{compute}, {network} stored in float8_e4m3fn" if dtype == "fp8" else compute,
         "LoRA": f"rank {source['lora_rank']}" if source.get("lora_rank") else None,
         "licence": source["licence"],
         "folder": source["path"],

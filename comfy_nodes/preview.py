@@ -64,13 +64,13 @@ class Progress:
             self._canvas[:, rows, columns] = resized(rgb.nan_to_num().clamp(0, 1), tuple(size))[0]
 
 
-def latents_to_rgb(latents: Tensor, velocity: Tensor, picture: Tensor) -> Tensor:
-    """A rough picture (1, 3, h, w) of the result z - v, without decoding it.
+def latents_to_rgb(latents: Tensor, result: Tensor, picture: Tensor) -> Tensor:
+    """A rough picture (1, 3, h, w), 0..1, of the latents `result` (1, C, h, w), without decoding them.
 
     The linear map from latents to colours is fitted on the input itself, whose latents `latents` (1, C, h, w) and
     colours `picture` (1, 3, H, W) are both known; so it serves any VAE.
     """
-    latents, velocity = latents.float().cpu(), velocity.float().cpu()
+    latents, result = latents.float().cpu(), result.float().cpu()
     colours = resized(picture, (latents.shape[-2], latents.shape[-1])).flatten(2)[0].T
 
     def features(z: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def latents_to_rgb(latents: Tensor, velocity: Tensor, picture: Tensor) -> Tensor
     # A little ridge, for flat pictures.
     gram = known.T @ known + 1e-2 * torch.eye(known.shape[1])
     weights = torch.linalg.solve(gram, known.T @ colours)
-    return (features(latents - velocity) @ weights).T.reshape(1, 3, *latents.shape[-2:]).clamp(0, 1)
+    return (features(result) @ weights).T.reshape(1, 3, *latents.shape[-2:]).clamp(0, 1)
 
 
 def _pil(picture: Tensor) -> Any:

@@ -8,14 +8,16 @@ from diffusers.models.modeling_utils import ModelMixin
 
 
 class PromptEmbeddings(ModelMixin, ConfigMixin):
-    """Precomputed SD3 embeddings of one prompt.
+    """Precomputed embeddings of one prompt, SD3's or SD2's.
 
     The published TSD-SR weights always run with one fixed caption (`dataset/default/*.pt` of the release).
 
     Args:
-        sequence_length: number of text tokens, 333 for SD3 (77 CLIP + 256 T5).
-        embed_dim: width of a token, 4096 for SD3 (`joint_attention_dim` of the transformer).
-        pooled_embed_dim: width of the pooled vector, 2048 for SD3 (`pooled_projection_dim` of the transformer).
+        sequence_length: number of text tokens, 333 for SD3 (77 CLIP + 256 T5), 77 for SD2.
+        embed_dim: width of a token, 4096 for SD3 (`joint_attention_dim` of the transformer), 1024 for SD2
+            (`cross_attention_dim` of the UNet).
+        pooled_embed_dim: width of the pooled vector, 2048 for SD3 (`pooled_projection_dim` of the transformer), 0 for
+            SD2, whose UNet takes none.
 
     Attributes:
         prompt_embeds: parameter of shape (1, sequence_length, embed_dim).
@@ -29,12 +31,18 @@ class PromptEmbeddings(ModelMixin, ConfigMixin):
         self.pooled_prompt_embeds = torch.nn.Parameter(torch.zeros(1, pooled_embed_dim))
 
     @classmethod
-    def from_tensors(cls, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor) -> "PromptEmbeddings":
+    def from_tensors(
+        cls, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor | None = None
+    ) -> "PromptEmbeddings":
         """Wrap embeddings of shape (1, tokens, width) and (1, pooled width); dtype and device are kept.
+
+        Without pooled ones, `pooled_prompt_embeds` has the shape (1, 0).
 
         Raises:
             ValueError: if a tensor has another rank or a batch size other than 1.
         """
+        if pooled_prompt_embeds is None:
+            pooled_prompt_embeds = prompt_embeds.new_zeros(1, 0)
         for name, tensor, rank in (
             ("prompt_embeds", prompt_embeds, 3),
             ("pooled_prompt_embeds", pooled_prompt_embeds, 2),

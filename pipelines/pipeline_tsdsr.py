@@ -1,5 +1,6 @@
 """One-step super-resolution: resize, encode, one step, decode, stitch, colour."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,15 +14,18 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..models.prompt_embeddings import PromptEmbeddings
 from .color import COLOR_FIXES
@@ -43,21 +47,39 @@ class TSDSRPipelineOutput(BaseOutput):
 
 
 class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
-    """Enlarges photographs with one step of a rectified-flow transformer (TSD-SR, arXiv 2411.18263).
+    """Enlarges photographs with one step of a diffusion model (TSD-SR, arXiv 2411.18263).
+
+    The model is a rectified-flow transformer (SD3) or a DDPM's UNet (SD2, table 5 of the paper). Exactly one of the two
+    is given; `scheduler` and `prompt_embeddings` always are.
 
     Args:
         vae: encodes the enlarged picture and decodes the result.
         transformer: predicts the velocity v; the result is z - v at t = 1000.
-        scheduler: takes the one step.
+        scheduler: takes the one step: a flow-matching scheduler for a transformer; for a UNet a DDPM's, or any other
+            whose config has a DDPM's betas and prediction type (DDIM, PNDM, ...).
         prompt_embeddings: the fixed prompt, so that no text encoder is needed.
-        text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3: SD3's, for other prompts.
+        text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3: the base's, for other
+            prompts: SD3's for a transformer, SD2's `text_encoder` and `tokenizer` for a UNet.
         use_shift_factor: whether latents are (z - shift_factor) * scaling_factor as in SD3, or z * scaling_factor as
             the published TSD-SR weights want them. Saved in the pipeline's config.
-        timestep: the one timestep, 0..1000. Saved in the pipeline's config.
+        timestep: the one timestep, 0..1000, by default 1000; for a UNet a whole number below the length of its
+            schedule, by default 999. Saved in the pipeline's config.
+        unet: predicts the noise eps; the result is (z - sqrt(1 - abar) eps) / sqrt(abar) at t = 999, with z the
+            picture's latents as they are. One that predicts v gives sqrt(abar) z - sqrt(1 - abar) v.
+
+    Raises:
+        ValueError: if not exactly one network is given, for a module that is missing, and for a UNet's scheduler or
+            timestep that does not fit.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->prompt_embeddings->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->prompt_embeddings->transformer->unet->vae"
+    # Either network may be absent. `scheduler` and `prompt_embeddings` may not, which the constructor checks: they have
+    # defaults only because they follow `transformer`, and what has one must be listed here to be loaded and saved.
     _optional_components = [
+        "transformer",
+        "scheduler",
+        "prompt_embeddings",
+        "unet",
         "text_encoder",
         "tokenizer",
         "text_encoder_2",
@@ -67,7 +89,8 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
     ]
     _callback_tensor_inputs = ["latents"]
 
-    # Other prompts are encoded exactly as SD3 does it.
+    # Other prompts are encoded exactly as SD3 and SD2 do it.
+    _encode_sd2_prompt = StableDiffusionPipeline.encode_prompt
     encode_prompt = StableDiffusion3Pipeline.encode_prompt
     _get_clip_prompt_embeds = StableDiffusion3Pipeline._get_clip_prompt_embeds
     _get_t5_prompt_embeds = StableDiffusion3Pipeline._get_t5_prompt_embeds
@@ -75,19 +98,39 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,
-        transformer: SD3Transformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        prompt_embeddings: PromptEmbeddings,
-        text_encoder: CLIPTextModelWithProjection | None = None,
+        transformer: SD3Transformer2DModel | None = None,
+        scheduler: FlowMatchEulerDiscreteScheduler | DDPMScheduler | None = None,
+        prompt_embeddings: PromptEmbeddings | None = None,
+        text_encoder: CLIPTextModelWithProjection | CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
         text_encoder_3: T5EncoderModel | None = None,
         tokenizer_3: T5TokenizerFast | None = None,
         use_shift_factor: bool = False,
-        timestep: float = 1000.0,
+        timestep: float | None = None,
+        unet: UNet2DConditionModel | None = None,
     ):
         super().__init__()
+        if (transformer is None) == (unet is None):
+            found = "neither" if unet is None else "both"
+            raise ValueError(f"TSDSRPipeline needs exactly one network, `transformer` or `unet`, not {found}.")
+        if scheduler is None or prompt_embeddings is None:
+            missing = "a `scheduler`" if scheduler is None else "`prompt_embeddings`"
+            raise ValueError(f"TSDSRPipeline needs {missing}.")
+        if timestep is None:
+            timestep = 1000.0 if unet is None else 999.0
+        if unet is not None:
+            if "beta_schedule" not in scheduler.config:
+                raise ValueError(
+                    f"A UNet needs a `scheduler` with a DDPM's betas, such as DDPMScheduler, not "
+                    f"{type(scheduler).__name__}."
+                )
+            if timestep not in range(scheduler.config.num_train_timesteps):
+                raise ValueError(
+                    f"`timestep` must be a whole number from 0 to {scheduler.config.num_train_timesteps - 1} for a "
+                    f"UNet, not {timestep!r}."
+                )
         self.register_modules(
             vae=vae,
             transformer=transformer,
@@ -99,16 +142,24 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             tokenizer_2=tokenizer_2,
             text_encoder_3=text_encoder_3,
             tokenizer_3=tokenizer_3,
+            unet=unet,
         )
         self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep)
         channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
         self.vae_scale_factor = 2 ** (len(channels) - 1)
-        # Sides of the working picture are multiples of what one transformer patch covers.
-        self.size_multiple = self.vae_scale_factor * transformer.config.patch_size
+        # Sides of the working picture are multiples of what one patch, or one pixel of the UNet's middle, covers.
+        config = self.denoiser.config
+        coarsest = config.patch_size if unet is None else 2 ** (len(config.block_out_channels) - 1)
+        self.size_multiple = self.vae_scale_factor * coarsest
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_resize=False, do_normalize=False, do_convert_rgb=True
         )
         self.tokenizer_max_length = 77 if tokenizer is None else tokenizer.model_max_length
+
+    @property
+    def denoiser(self) -> SD3Transformer2DModel | UNet2DConditionModel:
+        """The network of the one step: the transformer or the UNet."""
+        return self.transformer if self.unet is None else self.unet
 
     def check_inputs(
         self,
@@ -137,12 +188,18 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             raise ValueError("Pass either `prompt` or `prompt_embeds`, not both.")
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"`prompt` must be one string for all pictures, not {type(prompt).__name__}.")
-        if prompt is not None and (self.text_encoder is None or self.text_encoder_2 is None):
+        encoders = ["text_encoder", "tokenizer"]
+        if self.unet is None:
+            encoders += ["text_encoder_2", "tokenizer_2"]
+        absent = [name for name in encoders if getattr(self, name) is None]
+        if prompt is not None and absent:
             raise ValueError(
-                "`prompt` needs SD3's text encoders, which this pipeline was loaded without; leave `prompt` out to use "
-                "the built-in prompt, or load the pipeline with text encoders and tokenizers."
+                f"`prompt` needs the base model's text encoders, but this pipeline was loaded without {absent[0]}; "
+                "leave `prompt` out to use the built-in one, or load the pipeline with text encoders and tokenizers."
             )
-        if (prompt_embeds is None) != (pooled_prompt_embeds is None):
+        if self.unet is not None and pooled_prompt_embeds is not None:
+            raise ValueError("A UNet takes no `pooled_prompt_embeds`; pass `prompt_embeds` alone.")
+        if self.unet is None and (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ValueError("Pass `prompt_embeds` and `pooled_prompt_embeds` together.")
         if not isinstance(process_size, Integral) or process_size < 0:
             raise ValueError(f"`process_size` must be a whole number of pixels, 0 for none, not {process_size!r}.")
@@ -251,15 +308,16 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             upscale: any factor of at least 1; the result is exactly `round(upscale * size)`. Ignored where `height`
                 or `width` is given.
             height, width: size of the result in pixels; where only one is given the other keeps the proportions.
-            prompt: another prompt than the built-in one; needs SD3's text encoders.
-            prompt_embeds, pooled_prompt_embeds: embedded prompt, (1, tokens, width) and (1, width).
+            prompt: another prompt than the built-in one; needs the base model's text encoders.
+            prompt_embeds, pooled_prompt_embeds: embedded prompt, (1, tokens, width) and (1, width). A UNet takes the
+                first alone.
             process_size: pictures whose result has a shorter side than this, in pixels, are enlarged further for the
                 networks and reduced afterwards (the published small-picture rule). 0 switches it off.
             color_fix: "wavelet", "adain", "lab" or "none".
-            tile_size: side of the transformer's tiles in pixels of the result (512 are the published 64 latents).
+            tile_size: side of the network's tiles in pixels of the result (512 are the published 64 latents).
                 Pictures of no more than `tile_size` squared are not tiled.
             tile_overlap: of tiles, in pixels of the result.
-            tile_batch_size: transformer tiles of one forward pass.
+            tile_batch_size: the network's tiles of one forward pass.
             vae_tile_size: larger pictures are encoded and decoded in tiles of this side, pixels of the result. For a
                 VAE with group normalisation this approximates the untiled result.
             sample_posterior: draw from the encoder's posterior, as the published code does, instead of its mode.
@@ -301,34 +359,48 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         pictures = self.prepare_images(image)
         if latents is not None and (latents.ndim != 4 or latents.shape[0] != len(pictures)):
             raise ValueError(f"`latents` must be (B, C, h, w) with B = {len(pictures)}, not {tuple(latents.shape)}.")
-        device, vae, transformer = self._execution_device, self.vae, self.transformer
+        device, vae, denoiser = self._execution_device, self.vae, self.denoiser
 
         # 2. Prompt
-        if prompt is not None:
+        if prompt is not None and self.unet is not None:
+            prompt_embeds, _ = self._encode_sd2_prompt(prompt, device, 1, do_classifier_free_guidance=False)
+        elif prompt is not None:
             prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt=prompt, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
             )
-        elif prompt_embeds is None or pooled_prompt_embeds is None:
+        elif prompt_embeds is None:
             prompt_embeds, pooled_prompt_embeds = self.prompt_embeddings(1)
-        prompt_embeds = prompt_embeds.to(device, transformer.dtype)
-        pooled_prompt_embeds = pooled_prompt_embeds.to(device, transformer.dtype)
+        conditioning = {"encoder_hidden_states": prompt_embeds.to(device, denoiser.dtype)}
+        if self.unet is None and pooled_prompt_embeds is not None:
+            conditioning["pooled_projections"] = pooled_prompt_embeds.to(device, denoiser.dtype)
 
-        # 3. The step: sigma is timestep / 1000 without the shift that spreads the steps of longer schedules.
-        scheduler = type(self.scheduler).from_config(
-            self.scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None
-        )
-        sigma = self.config.timestep / scheduler.config.num_train_timesteps
+        # 3. The step
+        step_at: dict[str, list]
+        if self.unet is None:
+            # sigma is timestep / 1000 without the shift that spreads the steps of longer schedules.
+            scheduler = type(self.scheduler).from_config(
+                self.scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None
+            )
+            step_at = {"sigmas": [self.config.timestep / scheduler.config.num_train_timesteps]}
+        else:
+            scheduler = DDPMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
+            step_at = {"timesteps": [int(self.config.timestep)]}
+        scheduler.set_timesteps(**step_at, device=device)
+        # A UNet's stays a whole number: in bfloat16 999 would be 1000.
+        timestep = scheduler.timesteps[:1].to(denoiser.dtype) if self.unet is None else scheduler.timesteps[:1]
 
-        # 4. Units: tiles are counted in latent pixels for the transformer
+        # 4. Units: tiles are counted in latent pixels for the network
         factor = self.vae_scale_factor
-        patch = transformer.config.patch_size
-        latent_tile = tile_size // self.size_multiple * patch
-        latent_overlap = tile_overlap // factor
-        longest = transformer.config.pos_embed_max_size * patch
+        coarsest = self.size_multiple // factor
+        latent_tile = tile_size // self.size_multiple * coarsest
+        vae_tile = vae_tile_size // self.size_multiple * coarsest
+        # A transformer's tiles begin at whole patches and are no longer than its table of positions.
+        grain, longest = 1, sys.maxsize
+        if self.unet is None:
+            grain, longest = coarsest, denoiser.config.pos_embed_max_size * coarsest
         latent_tile = min(latent_tile, longest)
-        latent_overlap = min(latent_overlap, latent_tile - patch) // patch * patch
-        vae_tile = vae_tile_size // self.size_multiple * patch
-        vae_overlap = tile_overlap // self.size_multiple * patch
+        latent_overlap = min(tile_overlap // factor, latent_tile - grain) // grain * grain
+        vae_overlap = tile_overlap // factor // grain * grain
         scaling = vae.config.scaling_factor
         shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.config.use_shift_factor else 0.0
 
@@ -340,13 +412,30 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             return posterior.sample(generator) if sample_posterior else posterior.mode()
 
         def predict(latent_tiles: Tensor) -> Tensor:
-            return transformer(
-                hidden_states=latent_tiles,
-                timestep=timestep.expand(latent_tiles.shape[0]),
-                encoder_hidden_states=prompt_embeds.expand(latent_tiles.shape[0], -1, -1),
-                pooled_projections=pooled_prompt_embeds.expand(latent_tiles.shape[0], -1),
+            count = latent_tiles.shape[0]
+            return denoiser(
+                **{"hidden_states" if self.unet is None else "sample": latent_tiles},
+                **{name: embeds.expand(count, *embeds.shape[1:]) for name, embeds in conditioning.items()},
+                timestep=timestep.expand(count),
                 return_dict=False,
             )[0]
+
+        def one_step(prediction: Tensor, noisy: Tensor) -> Tensor:
+            """The result's latents, of the whole picture or of tiles."""
+            # Anew, because flow-matching schedulers count their steps.
+            scheduler.set_timesteps(**step_at, device=device)
+            if self.unet is None:
+                return scheduler.step(prediction, scheduler.timesteps[0], noisy, return_dict=False)[0]
+            # The second of the results is the clean sample. The first gets noise, which is not to come from the global
+            # random state. In float32, because the division by sqrt(abar), 0.07 in SD2, enlarges what is rounded.
+            clean = scheduler.step(
+                prediction.float(),
+                scheduler.timesteps[0],
+                noisy.float(),
+                generator=torch.Generator().manual_seed(0),
+                return_dict=False,
+            )[1]
+            return clean.to(noisy.dtype)
 
         def decode(latent_tiles: Tensor) -> Tensor:
             return vae.decode(latent_tiles.to(vae.dtype), return_dict=False)[0]
@@ -397,6 +486,8 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                         done += len(corners)
                         progress_bar.update(len(corners))
                         if tile_callback is not None:
+                            if stage == "step":
+                                outputs = one_step(outputs, inputs)
                             sides = inputs.shape[-2:]
                             boxes = [(*(edge * pixels_each for edge in (*corner, *sides)),) for corner in corners]
                             tile_callback(TilesDone(stage, done, total, padded, boxes, inputs, outputs))
@@ -421,12 +512,10 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                             f"`latents` must be {rows}x{columns} for this picture, "
                             f"not {lq_latents.shape[-2]}x{lq_latents.shape[-1]}."
                         )
-                lq_latents = lq_latents.to(transformer.dtype)
+                lq_latents = lq_latents.to(denoiser.dtype)
 
                 # 9. One step
-                scheduler.set_timesteps(sigmas=[sigma], device=device)
-                timestep = scheduler.timesteps[:1].to(lq_latents.dtype)
-                velocity = run_tiled(
+                prediction = run_tiled(
                     predict,
                     lq_latents,
                     step_tile,
@@ -434,7 +523,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                     tile_batch_size,
                     on_tiles_done=report("step", factor),
                 )
-                hq_latents = scheduler.step(velocity, scheduler.timesteps[0], lq_latents, return_dict=False)[0]
+                hq_latents = one_step(prediction, lq_latents)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, hq_latents)
                     changed = callback_on_step_end(self, 0, scheduler.timesteps[0], tensors) or {}
@@ -454,7 +543,7 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                 )
             decoded = decoded[:, :, : working[0], : working[1]].float()
             if not torch.isfinite(decoded).all():
-                dtypes = " and ".join(sorted({str(m.dtype).removeprefix("torch.") for m in (vae, transformer)}))
+                dtypes = " and ".join(sorted({str(m.dtype).removeprefix("torch.") for m in (vae, denoiser)}))
                 raise ValueError(
                     f"The result holds NaN or Inf: the networks overflowed in {dtypes}; load the pipeline with "
                     "dtype=torch.bfloat16 or torch.float32."

@@ -18,14 +18,15 @@ class TilesDone:
     """What `tile_callback` of the pipeline receives after each network call.
 
     Attributes:
-        stage: "encode" (pixels -1..1 to unscaled latents), "step" (scaled latents to velocity) or "decode" (unscaled
-            latents to pixels about -1..1).
+        stage: "encode" (pixels -1..1 to unscaled latents), "step" (scaled latents to those of the result) or "decode"
+            (unscaled latents to pixels about -1..1).
         done: tiles of this picture that are finished, over all three stages.
         total: how many there will be.
         size: height and width of the padded working picture in pixels.
         boxes: (top, left, height, width) of each tile of this call, in pixels of that picture.
         inputs: what the network was given, (tiles, C, h, w).
-        outputs: what it made of that, (tiles, D, h', w').
+        outputs: what came of that, (tiles, D, h', w'), each tile by itself, before it is blended with others; for
+            "step" not the prediction, whose meaning differs between networks, but where the one step leads with it.
     """
 
     stage: str

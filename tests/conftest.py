@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 
 from tsdsr import PromptEmbeddings, TSDSRPipeline
@@ -36,32 +43,60 @@ def _vae(kind: str) -> AutoencoderKL | AutoencoderTiny:
     )
 
 
+def _transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        pos_embed_max_size=16,
+    )
+
+
+def _unet() -> UNet2DConditionModel:  # halves its input once
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        use_linear_projection=True,
+    )
+
+
 @pytest.fixture(scope="session")
 def make_pipeline() -> Callable[..., TSDSRPipeline]:
-    """A function that builds a pipeline with random weights: `make_pipeline("tiny" or "kl", **pipeline_arguments)`."""
+    """A function that builds a pipeline with random weights: `make_pipeline(vae, network, **pipeline_arguments)`.
 
-    def make(vae: str = "tiny", **arguments: object) -> TSDSRPipeline:
+    `vae` is "tiny" or "kl", `network` "transformer" or "unet".
+    """
+
+    def make(vae: str = "tiny", network: str = "transformer", **arguments: object) -> TSDSRPipeline:
         torch.manual_seed(0)
-        transformer = SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            caption_projection_dim=16,
-            joint_attention_dim=12,
-            pooled_projection_dim=10,
-            pos_embed_max_size=16,
-        )
-        pipeline = TSDSRPipeline(
-            vae=_vae(vae).eval(),
-            transformer=transformer.eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            prompt_embeddings=PromptEmbeddings.from_tensors(torch.randn(1, 3, 12), torch.randn(1, 10)),
-            **arguments,
-        )
+        modules: dict[str, object] = {}
+        if network == "unet":
+            modules["unet"] = _unet().eval()
+            # SD2's schedule of betas.
+            modules["scheduler"] = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+            modules["vae"] = _vae(vae).eval()
+            modules["prompt_embeddings"] = PromptEmbeddings.from_tensors(torch.randn(1, 3, 12))
+        else:
+            modules["transformer"] = _transformer().eval()
+            modules["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+            modules["vae"] = _vae(vae).eval()
+            modules["prompt_embeddings"] = PromptEmbeddings.from_tensors(torch.randn(1, 3, 12), torch.randn(1, 10))
+        pipeline = TSDSRPipeline(**{**modules, **arguments})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -4,14 +4,37 @@ import json
 import os
 import re
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Written last into a checkpoint: how far the run was.
 _PROGRESS = "progress.json"
+# What is trained of the networks.
+_TRAINED = "trained.safetensors"
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder that is written beside its place and put there when it is whole; the one before goes then."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Checkpoints:
@@ -96,3 +119,46 @@ class Checkpoints:
             )
         self.accelerator.load_state(str(path))
         return json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+
+
+def save_only_trained(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make the accelerator's checkpoints hold what wants a gradient, instead of all weights of the frozen base."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def save(models: list, weights: list, folder: str) -> None:
+        weights.clear()  # so that the accelerator saves none
+        if accelerator.is_main_process:
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
+            save_file(tensors, Path(folder) / _TRAINED)
+
+    def load(models: list, folder: str) -> None:
+        models.clear()
+        tensors = load_file(Path(folder) / _TRAINED)
+        if tensors.keys() != trained.keys() or any(tensors[name].shape != trained[name].shape for name in trained):
+            raise ValueError(
+                f"{folder} was written by a run that trained other weights; resume with the settings it began with."
+            )
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(tensors[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+class StopRequest:
+    """Whether a SIGTERM came, to any of the processes: they stop after the same step."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator, self._here = accelerator, False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._here = True
+
+    def requested(self) -> bool:
+        """All processes call it, and get the same answer."""
+        if self._accelerator.num_processes == 1:
+            return self._here
+        flag = torch.tensor(float(self._here), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(flag, "sum") > 0)

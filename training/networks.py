@@ -1,9 +1,11 @@
 """One copy of the base network in three roles: student, frozen teacher, fake-score model.
 
 The published code holds two copies of the base (student; teacher and fake score). Here all three are peft adapters on
-one: the teacher is the base itself, or the base with an adapter of its own.
+one: the teacher is the base itself, or the base with an adapter of its own. Only a student that trains all of its
+weights has a network of its own.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .objectives import classifier_free_guidance
-from .objectives.noise import Velocity, per_sample
+from .families import Family, Prompt
 
 STUDENT, TEACHER, FAKE_SCORE = "student", "teacher", "fake_score"
 
@@ -23,28 +24,40 @@ class SharedBase:
     """A network whose roles are adapters.
 
     Args:
-        network: the base, a diffusers model. It is frozen and given the adapters.
+        network: the base, a diffusers model. It is frozen and given the adapters. An adapter "teacher" that it has
+            already is the teacher's.
         adapters: a LoRA for each role that is not the base itself.
+        student: a network of its own for the student, instead of an adapter; what it trains is what in it wants a
+            gradient.
 
     Raises:
         ValueError: for a role other than student, teacher and fake_score.
     """
 
-    def __init__(self, network: Any, adapters: dict[str, LoraConfig]):
+    def __init__(self, network: Any, adapters: dict[str, LoraConfig], student: Any = None):
         unknown = sorted(set(adapters) - {STUDENT, TEACHER, FAKE_SCORE})
         if unknown:
             raise ValueError(f"Roles are {STUDENT}, {TEACHER} and {FAKE_SCORE}, not {', '.join(unknown)}.")
         self.network = network.requires_grad_(False)
+        self.own_student = student
         for name, config in adapters.items():
-            network.add_adapter(config, adapter_name=name)
-        self.names = frozenset(adapters)
+            with warnings.catch_warnings():  # peft warns of more than one adapter, which is the point here
+                warnings.simplefilter("ignore", UserWarning)
+                network.add_adapter(config, adapter_name=name)
+        self.names = frozenset(adapters) | ({TEACHER} & set(getattr(network, "peft_config", None) or {}))
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
         self._role: str | None = None
         self._activate(None)
 
+    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The weights of one role, by name in its network; none for a role that is the base itself."""
+        if role == STUDENT and self.own_student is not None:
+            return {name: weight for name, weight in self.own_student.named_parameters() if weight.requires_grad}
+        return {name: weight for name, weight in self.network.named_parameters() if f".{role}." in name}
+
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The weights of one role's adapter, in a fixed order; none for a role that is the base itself."""
-        return [weight for name, weight in self.network.named_parameters() if f".{role}." in name]
+        """The weights of one role, in a fixed order."""
+        return list(self.named_parameters(role).values())
 
     @contextmanager
     def role(self, role: str) -> Iterator[Any]:
@@ -55,7 +68,7 @@ class SharedBase:
         before = self._role
         self._activate(role)
         try:
-            yield self.network
+            yield self.network if role != STUDENT or self.own_student is None else self.own_student
         finally:
             self._activate(before)
 
@@ -72,50 +85,73 @@ class SharedBase:
                 weight.requires_grad_(True)
 
 
-def flow_velocity(
-    network: nn.Module,
-    prompt: tuple[Tensor, Tensor],
-    null_prompt: tuple[Tensor, Tensor] | None = None,
-    guidance_scale: float = 1.0,
-) -> Velocity:
-    """The velocity callable of an SD3 transformer, guidance inside.
+class Networks(nn.Module):
+    """All networks of a distillation. What has a backward pass goes through `forward`, where DDP sees it.
 
     Args:
-        network: the transformer, in the role it has when it is called.
-        prompt: embeddings (B or 1, tokens, width) and pooled ones (B or 1, pooled width).
-        null_prompt: those of the empty prompt; needed where `guidance_scale` is not 1.
-        guidance_scale: w of classifier-free guidance; 1 runs the prompt alone.
-
-    Raises:
-        ValueError: if guidance is asked for without a null prompt.
+        family: of the denoiser.
+        denoiser: the transformer or UNet in its three roles.
+        vae: the autoencoder; its encoder is the base's, or the student's own (a LoRA, or all of its weights).
+        shift: added to latents before they are scaled, negated (SD3's shift_factor, which TSD-SR does not use).
     """
-    if guidance_scale != 1 and null_prompt is None:
-        raise ValueError(f"A guidance_scale of {guidance_scale} needs the embeddings of the null prompt.")
 
-    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
-        prompts = [prompt] if guidance_scale == 1 or null_prompt is None else [null_prompt, prompt]
-        count, batch = len(prompts), z.shape[0]
-        dtype = next(network.parameters()).dtype
-        embeds, pooled = (
-            torch.cat([pair[part].to(z.device, dtype).expand(batch, *pair[part].shape[1:]) for pair in prompts])
-            for part in (0, 1)
+    def __init__(self, family: Family, denoiser: SharedBase, vae: SharedBase, shift: float = 0.0):
+        super().__init__()
+        self.family, self.denoiser, self.codec, self.shift = family, denoiser, vae, shift
+        self.scaling = vae.network.config.scaling_factor
+        self.network, self.vae = denoiser.network, vae.network
+        self.student_network, self.student_vae = denoiser.own_student, vae.own_student
+
+    @contextmanager
+    def role(self, role: str) -> Iterator[tuple[Any, Any]]:
+        """Denoiser and autoencoder in one role."""
+        with self.denoiser.role(role) as denoiser, self.codec.role(role) as vae:
+            yield denoiser, vae
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """What is trained in one role."""
+        return self.denoiser.parameters(role) + self.codec.parameters(role)
+
+    def forward(self, role: str, inputs: Tensor, sigma: Tensor | None = None, *, prompt: Prompt) -> Tensor:
+        """The student's latents for pictures in -1..1; any other role's velocity for latents at levels sigma.
+
+        Called, and followed by its backward pass, within `role(role)`.
+        """
+        with self.role(role) as (denoiser, vae):
+            if sigma is None:
+                return self.family.one_step(denoiser, self._encode(vae, inputs), prompt)
+            return self.family.velocity(denoiser, prompt)(inputs, sigma)
+
+    def memory(self) -> str:
+        """One sentence on what the shared base saves."""
+        one = sum(w.numel() * w.element_size() for n, w in self.network.named_parameters() if ".lora_" not in n) / 1e9
+        if self.student_network is None:
+            return (
+                f"One copy of the base's {self.family.component} serves student, teacher and fake score: {one:.3g} GB "
+                f"of weights, where two copies would take {2 * one:.3g} GB."
+            )
+        return (
+            f"One copy of the base's {self.family.component} ({one:.3g} GB of weights) serves teacher and fake score; "
+            "the student trains all of its own."
         )
-        predicted = network(
-            hidden_states=z.to(dtype).repeat(count, 1, 1, 1),
-            timestep=(1000 * sigma).to(z.device, dtype).repeat(count),
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0].float()
-        if count == 1:
-            return predicted
-        return classifier_free_guidance(*predicted.chunk(2), guidance_scale)
 
-    return velocity
+    @torch.no_grad()
+    def hq_latents(self, pictures: Tensor) -> Tensor:
+        """The latents z that the base's own encoder gives pictures (B, 3, H, W) in -1..1; float32."""
+        with self.codec.role(TEACHER) as vae:
+            return self._encode(vae, pictures).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), about -1..1, float32; with gradient to the latents."""
+        latents = (latents / self.scaling + self.shift).to(_dtype(self.vae))
+        return self.vae.decode(latents, return_dict=False)[0].float()
+
+    def _encode(self, vae: Any, pictures: Tensor) -> Tensor:
+        encoded = vae.encode(pictures.to(_dtype(vae)))
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (latents - self.shift) * self.scaling
 
 
-def one_step(network: nn.Module, latents: Tensor, prompt: tuple[Tensor, Tensor], sigma: float = 1.0) -> Tensor:
-    """The student's result z^ = z_L - sigma * v at its one level, gradient and all: (B, C, h, w), float32."""
-    levels = torch.full((latents.shape[0],), sigma, device=latents.device)
-    velocity = flow_velocity(network, prompt)(latents, levels)
-    return latents.float() - per_sample(levels, velocity) * velocity
+def _dtype(vae: Any) -> torch.dtype:
+    """Of the weights that take pictures and latents in; adapters may have another."""
+    return next(vae.decoder.parameters()).dtype

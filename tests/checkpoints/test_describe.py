@@ -93,6 +93,53 @@ def test_pipeline_folder_with_a_kept_lora(kept, networks):
     assert "LoRA" in facts["kind"]
 
 
+def test_unet_pipeline_folder(make_pipeline, tmp_path):
+    pipeline = make_pipeline("kl", network="unet")
+    pipeline.to(dtype=torch.float16).save_pretrained(tmp_path)
+    facts = describe(tmp_path)
+    says(
+        facts,
+        kind="TSD-SR pipeline folder",
+        family="TSD-SR on a UNet",
+        parameters={"unet": count(pipeline.unet), "vae": count(pipeline.vae), "prompt_embeddings": 3 * 12},
+        dtype="float16",
+        latent_channels=4,
+        vae_scale=2,
+        layers=None,
+        width=None,
+        heads=None,
+        patch_size=None,
+        lora_rank=None,
+        licence="unknown",
+    )
+    assert facts["components"]["unet"] == "UNet2DConditionModel" and "transformer" not in facts["components"]
+
+
+def test_unet_pipeline_folder_with_a_lora(make_pipeline, tmp_path):
+    lora = {
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 16),
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.zeros(16, 4),
+        "vae.encoder.conv_in.lora_A.weight": torch.zeros(2, 3, 3, 3),
+        "vae.encoder.conv_in.lora_B.weight": torch.zeros(8, 2, 1, 1),
+    }
+    make_pipeline("kl", network="unet").save_pretrained(tmp_path / "pipeline")
+    for folder in (tmp_path / "pipeline", tmp_path):
+        save_file(lora, folder / LORA)
+        facts = describe(folder)
+        says(facts, family="TSD-SR on a UNet", lora_rank={"unet": 4, "vae": 2}, lora_targets={"unet": 1, "vae": 1})
+        assert "LoRA" in facts["kind"]
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", f"unet/{WEIGHTS}"])
+def test_unet_pipeline_folder_with_a_hole(make_pipeline, tmp_path, one_sentence, missing):
+    make_pipeline("kl", network="unet").save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        describe(tmp_path)
+    one_sentence(caught.value, tmp_path / "unet", Path(missing).name)
+    assert "SD3" not in str(caught.value)
+
+
 def test_dtypes_are_listed_by_their_share(layout, convert, networks, tmp_path):
     # The larger of the two.
     networks.vae().to(torch.bfloat16).save_pretrained(layout.base / "vae")

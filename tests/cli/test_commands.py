@@ -89,6 +89,16 @@ def test_info_as_a_table(tsdsr, model, monkeypatch):
     assert "lora" not in result.stdout  # what does not apply is left out
 
 
+def test_info_on_a_pipeline_over_a_unet(tsdsr, make_pipeline, tmp_path):
+    pipeline = make_pipeline("kl", network="unet")
+    pipeline.save_pretrained(tmp_path)
+    result = tsdsr("info", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["family"] == "TSD-SR on a UNet" and facts["dtype"] == "float32"
+    assert facts["parameters"]["unet"] == sum(weight.numel() for weight in pipeline.unet.parameters())
+
+
 def test_info_on_what_is_no_model(tsdsr, assert_refused, tmp_path):
     (tmp_path / "notes.txt").write_text("not a model")
     (tmp_path / "page.safetensors").write_text("<html><body>404</body></html>")

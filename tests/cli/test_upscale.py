@@ -45,6 +45,13 @@ def test_exact_sizes(upscale, photo, tmp_path, factor, width, height, expected):
     assert size(tmp_path / "b.png") == expected
 
 
+def test_a_pipeline_over_a_unet(tsdsr, make_pipeline, small_tiles, photo, tmp_path):
+    make_pipeline("kl", network="unet").save_pretrained(tmp_path / "model")
+    picture = photo(tmp_path / "a.png", 13, 9)
+    assert_done(tsdsr("upscale", "-m", tmp_path / "model", *small_tiles, picture, "-o", tmp_path / "b.png"))
+    assert size(tmp_path / "b.png") == (52, 36)
+
+
 def test_output_file_decides_the_format(upscale, photo, files, tmp_path):
     assert_done(upscale(photo(tmp_path / "a.png"), "-o", tmp_path / "b.jpg", "--quality", 80, "--upscale", 2))
     assert files(tmp_path) == ["a.png", "b.jpg"]

@@ -37,7 +37,7 @@ def run(model, picture, **more):
 def test_embedded():
     model, info = load()
     assert "licence: apache-2.0" in info and "number format: float32" in info and model.info == info
-    assert model.patcher.model.transformer is model.pipeline.transformer
+    assert model.patcher.model.denoiser is model.pipeline.transformer
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,34 @@ def test_pipeline_folder(models, make_pipeline, pictures):
     model, _ = load("mine")
     expected = pipeline(pictures().movedim(-1, 1), upscale=2.0, color_fix="none", process_size=32, output_type="pt")
     torch.testing.assert_close(run(model, pictures()), expected.images.movedim(1, -1), rtol=0, atol=1e-5)
+
+
+def test_unet_pipeline_folder(models, make_pipeline, pictures):
+    pipeline = make_pipeline("kl", network="unet")
+    pipeline.save_pretrained(models / "tsdsr" / "mine")
+    model, info = load("mine")
+    assert "family: TSD-SR on a UNet" in info and "parameters: UNet 0.1 M, VAE 0.0 M" in info
+    assert {weight.dtype for weight in model.patcher.model.parameters()} == {torch.float32}
+    assert any(module is model.pipeline.unet for module in model.patcher.model.modules())
+    expected = pipeline(pictures().movedim(-1, 1), upscale=2.0, color_fix="none", process_size=32, output_type="pt")
+    torch.testing.assert_close(run(model, pictures()), expected.images.movedim(1, -1), rtol=0, atol=1e-5)
+
+
+def test_fp8_stores_a_unet_in_8_bits(models, make_pipeline, pictures):
+    make_pipeline("kl", network="unet").save_pretrained(models / "tsdsr" / "mine")
+    model, info = load("mine", dtype="fp8")
+    unet = model.pipeline.unet
+    assert unet.dtype == torch.float32 and "UNet stored in float8_e4m3fn" in info
+    stored = {
+        unet.mid_block.attentions[0].proj_in,
+        unet.mid_block.resnets[0].conv1,
+        unet.mid_block.resnets[0].time_emb_proj,
+    }
+    assert {module.weight.dtype for module in stored} == {torch.float8_e4m3fn}
+    kept = (unet.conv_in, unet.conv_out, unet.time_embedding.linear_1, unet.mid_block.resnets[0].norm1)
+    assert {module.weight.dtype for module in kept} == {torch.float32}
+    difference = run(model, pictures()) - run(load("mine", dtype="fp32")[0], pictures())
+    assert 0 < difference.abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("base", ["automatic", "checkpoints/sd3_medium.safetensors"])

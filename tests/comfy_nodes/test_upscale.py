@@ -197,9 +197,43 @@ def test_latents_are_shown_in_about_the_right_colours(embedded, pictures):
     truth = torch.nn.functional.interpolate(result.images, guess.shape[-2:], mode="area")
     error = (guess - truth).abs().mean()
     assert error < 0.06
-    # It is the result that is shown, not the input.
-    assert error < (latents_to_rgb(step.inputs, 0 * step.outputs, image) - truth).abs().mean()
-    assert error < (latents_to_rgb(step.inputs, -step.outputs, image) - truth).abs().mean()
+    # It is the result that is shown, not the input, and not what is as far on the other side of it.
+    assert error < (latents_to_rgb(step.inputs, step.inputs, image) - truth).abs().mean()
+    assert error < (latents_to_rgb(step.inputs, 2 * step.inputs - step.outputs, image) - truth).abs().mean()
+
+
+@pytest.mark.parametrize("network", ["transformer", "unet"])
+def test_the_preview_of_a_step_is_of_its_result(make_pipeline, picture, progress, monkeypatch, network):
+    """The colours come from the result's latents, whatever the network predicts."""
+    from tsdsr.comfy_nodes import preview
+
+    pipeline, seen, events = make_pipeline("kl", network=network), [], []
+    real = preview.latents_to_rgb
+    monkeypatch.setattr(preview, "latents_to_rgb", lambda *tensors: (seen.append(tensors), real(*tensors))[1])
+    shown = preview.Progress(1)
+    image = torch.from_numpy(picture(16, 16)).movedim(-1, 0)[None]
+    shown.start(image)
+
+    def watch(event):
+        events.append(event)
+        shown.tiles_done(event)
+
+    result = pipeline(image, process_size=0, output_type="latent", tile_callback=watch).images
+    ((latents, painted, _),) = seen
+    step = next(event for event in events if event.stage == "step")
+    torch.testing.assert_close(painted, result)
+    assert torch.equal(latents, step.inputs) and not torch.allclose(painted, latents, atol=1e-2)
+
+
+def test_a_unet_runs_in_tiles(make_pipeline, pictures, progress):
+    from tsdsr.comfy_nodes.hosting import HostedModel
+
+    pipeline = make_pipeline("kl", network="unet")
+    model, image = HostedModel(pipeline, ""), pictures(1, 50, 40)
+    result, _ = tiled(model, image)
+    expected = pipeline(image.movedim(-1, 1), upscale=2.0, process_size=0, output_type="pt", **TILES).images
+    assert torch.equal(result, expected.movedim(1, -1))
+    assert progress and progress[-1][0] == progress[-1][1]
 
 
 def test_interrupt_between_tiles(embedded, pictures, progress, monkeypatch):

@@ -1,13 +1,11 @@
 """The pipeline call: sizes, types, what it must not change, and what it refuses."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection
 
 from tsdsr import TSDSRPipeline
 
@@ -228,6 +226,20 @@ def test_tile_callback_says_where_tiles_lie_and_what_came_out(make_pipeline, pic
         assert covered.min() >= 1 and covered.shape == seen[0].size
 
 
+@pytest.mark.parametrize("tile_batch_size", [1, 3])
+def test_tile_callback_receives_where_the_step_leads(make_pipeline, picture, tile_batch_size):
+    """Each tile by itself: z - v of that tile; and looking at it changes nothing."""
+    pipeline, seen, velocities = make_pipeline("kl"), [], []
+    arguments = {"tile_batch_size": tile_batch_size, "output_type": "latent", **SMALL}
+    unseen = pipeline(picture(20, 26), **arguments).images
+    pipeline.transformer.register_forward_hook(lambda _, __, result: velocities.append(result[0]))
+    result = pipeline(picture(20, 26), tile_callback=seen.append, **arguments).images
+    steps = [event for event in seen if event.stage == "step"]
+    assert len(steps) == len(velocities) > 1 and torch.equal(result, unseen)
+    for event, velocity in zip(steps, velocities, strict=True):
+        torch.testing.assert_close(event.outputs, event.inputs - velocity)
+
+
 def test_an_exception_of_the_tile_callback_ends_the_call(make_pipeline, picture):
     def stop(event):
         if event.stage == "step":
@@ -347,25 +359,9 @@ def test_tuple_instead_of_output(make_pipeline, picture):
     assert images[0].size == (32, 32)
 
 
-def test_other_prompts_through_sd3_text_encoders(make_pipeline, picture, tmp_path):
+def test_other_prompts_through_sd3_text_encoders(make_pipeline, picture, clip):
     """SD3's own text encoders and tokenizers, at tiny sizes, under SD3's names."""
-    tokens = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefgh"), *"abcdefgh"]
-    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
-    encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=6,
-            intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=5,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).eval()
+    encoder, tokenizer = clip(CLIPTextModelWithProjection, 6)
     plain = make_pipeline()
     encoders = {"text_encoder": encoder, "text_encoder_2": encoder, "tokenizer": tokenizer, "tokenizer_2": tokenizer}
     pipeline = TSDSRPipeline(**(plain.components | encoders))

@@ -2,18 +2,15 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
 from tsdsr.models import lora_targets
-from tsdsr.training.networks import (
-    FAKE_SCORE,
-    STUDENT,
-    TEACHER,
-    SharedBase,
-    flow_velocity,
-    one_step,
-)
+from tsdsr.training.families import RectifiedFlow
+from tsdsr.training.networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 from tsdsr.training.objectives import dasm_trajectory, tsd_gradient, tsd_loss
+
+FAMILY = RectifiedFlow(FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
 def lora(targets):
@@ -41,13 +38,13 @@ def inputs():
 def run(base, role, inputs, sigma=0.5):
     z, prompt = inputs
     with torch.no_grad(), base.role(role):
-        return flow_velocity(base.network, prompt)(z, torch.full((2,), sigma))
+        return FAMILY.velocity(base.network, prompt)(z, torch.full((2,), sigma))
 
 
 def test_the_teacher_is_the_base_itself(make_pipeline, base, inputs):
     z, prompt = inputs
     with torch.no_grad():
-        plain = flow_velocity(make_pipeline().transformer, prompt)(z, torch.full((2,), 0.5))
+        plain = FAMILY.velocity(make_pipeline().transformer, prompt)(z, torch.full((2,), 0.5))
     torch.testing.assert_close(run(base, TEACHER, inputs), plain, rtol=0, atol=1e-6)
     student, fake = run(base, STUDENT, inputs), run(base, FAKE_SCORE, inputs)
     assert (student - plain).abs().mean() > 1e-3 < (fake - plain).abs().mean()
@@ -69,7 +66,7 @@ def test_roles_nest(base, inputs):
             pass
         z, prompt = inputs
         with torch.no_grad():
-            assert torch.equal(flow_velocity(base.network, prompt)(z, torch.full((2,), 0.5)), before)
+            assert torch.equal(FAMILY.velocity(base.network, prompt)(z, torch.full((2,), 0.5)), before)
 
 
 def test_trainable_weights_are_those_of_the_adapters_in_every_role(base):
@@ -89,8 +86,6 @@ def test_trainable_weights_are_those_of_the_adapters_in_every_role(base):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_of_each_role_reaches_its_own_weights(base, inputs, checkpointing):
     """With the networks switched in between, as a training step does it."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     if checkpointing:
         base.network.enable_gradient_checkpointing()
         base.network.train()
@@ -100,12 +95,12 @@ def test_a_step_of_each_role_reaches_its_own_weights(base, inputs, checkpointing
     def as_role(role):
         def velocity(latents, sigma):
             with base.role(role):
-                return flow_velocity(base.network, prompt)(latents, sigma)
+                return FAMILY.velocity(base.network, prompt)(latents, sigma)
 
         return velocity
 
     with base.role(STUDENT):
-        student = one_step(base.network, z, prompt)
+        student = FAMILY.one_step(base.network, z, prompt)
         gradient = tsd_gradient(student, z, torch.ones_like(z), sigmas, as_role(TEACHER), as_role(FAKE_SCORE))
         tsd_loss(student, gradient.gradient).backward()
     grads = [weight.grad for weight in base.parameters(STUDENT)]
@@ -119,35 +114,55 @@ def test_a_step_of_each_role_reaches_its_own_weights(base, inputs, checkpointing
         for weight in plain:
             weight.grad = None
         with base.role(STUDENT):
-            student = one_step(base.network, z, prompt)
+            student = FAMILY.one_step(base.network, z, prompt)
             tsd_loss(student, gradient.gradient).backward()
         for ours, weight in zip(kept, plain, strict=True):
             torch.testing.assert_close(ours, weight.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_guidance(base, inputs):
-    z, prompt = inputs
-    null = tuple(torch.zeros_like(part) for part in prompt)
-    sigma = torch.tensor([0.3, 0.9])
-    with torch.no_grad(), base.role(TEACHER):
-        with_prompt = flow_velocity(base.network, prompt)(z, sigma)
-        without = flow_velocity(base.network, null)(z, sigma)
-        guided = flow_velocity(base.network, prompt, null, 7.5)(z, sigma)
-    torch.testing.assert_close(guided, without + 7.5 * (with_prompt - without), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="null prompt"):
-        flow_velocity(base.network, prompt, None, 7.5)
-
-
-def test_the_students_step_is_the_pipelines(make_pipeline, inputs):
-    pipeline = make_pipeline()
-    z, _ = inputs
-    prompt = pipeline.prompt_embeddings(1)
-    picture = torch.zeros(2, 3, 32, 32)
-    latents = pipeline(picture, upscale=1, process_size=0, output_type="latent", latents=z).images
-    with torch.no_grad():
-        torch.testing.assert_close(one_step(pipeline.transformer, z, prompt), latents, rtol=1e-5, atol=1e-6)
-
-
 def test_roles_are_named(transformer):
     with pytest.raises(ValueError, match="not critic"):
         SharedBase(transformer, {"critic": lora(["to_q"])})
+
+
+def test_a_student_with_a_network_of_its_own(make_pipeline, inputs):
+    own = make_pipeline().transformer
+    base = SharedBase(make_pipeline().transformer, {FAKE_SCORE: lora(["to_q"])}, own)
+    with base.role(STUDENT) as network:
+        assert network is own
+    with base.role(TEACHER) as network:
+        assert network is base.network
+    assert {id(weight) for weight in base.parameters(STUDENT)} == {id(weight) for weight in own.parameters()}
+    assert all(".fake_score." in name for name in base.named_parameters(FAKE_SCORE))
+
+
+@pytest.fixture
+def networks(make_pipeline):
+    pipeline = make_pipeline("kl")
+    torch.manual_seed(5)
+    loras = {STUDENT: lora(lora_targets.STUDENT), FAKE_SCORE: lora(lora_targets.FAKE_SCORE)}
+    vae = SharedBase(pipeline.vae, {STUDENT: lora(["encoder.conv_in", "encoder.conv_out"])})
+    return Networks(FAMILY, SharedBase(pipeline.transformer, loras), vae, shift=0.06), make_pipeline("kl")
+
+
+def test_latents_are_the_pipelines(networks, inputs):
+    """Scaling and shift as the pipeline applies them, and the base's own encoder for HQ pictures."""
+    ours, pipeline = networks
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mode = pipeline.vae.encode(pictures).latent_dist.mode()
+    torch.testing.assert_close(ours.hq_latents(pictures), (mode - 0.06) * 1.5, rtol=1e-5, atol=1e-5)
+    with ours.role(STUDENT):
+        student = ours(STUDENT, pictures, prompt=inputs[1])
+        assert (ours._encode(ours.vae, pictures) - ours.hq_latents(pictures)).abs().max() > 1e-3
+    assert student.shape == (2, 4, 8, 8)
+    with torch.no_grad():
+        expected = pipeline.vae.decode(student / 1.5 + 0.06).sample
+    torch.testing.assert_close(ours.decode(student), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_decoder_passes_gradients_and_has_none(networks, inputs):
+    ours, _ = networks
+    latents = torch.zeros(1, 4, 8, 8, requires_grad=True)
+    ours.decode(latents).square().sum().backward()
+    assert latents.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in ours.vae.decoder.parameters())

@@ -1,14 +1,15 @@
 """Training and validation photographs: random crops, turned and mirrored, degraded on the fly."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..imaging import find_images, read
-from .degradation import DegradationConfig, degrade
+from ...imaging import find_images, read
+from ..degradation import DegradationConfig, degrade
 
 
 def photograph_of(path: Path) -> str:
@@ -36,9 +37,13 @@ def split_photographs(folder: Path, validation_photographs: int) -> tuple[list[P
     return train, [groups[name][0] for name in sorted(held)]
 
 
-def load_uint8(path: Path) -> Tensor:
-    """A picture as (3, H, W) uint8."""
-    return torch.from_numpy(np.round(read(path).rgb * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
+def load_uint8(source: Path | BinaryIO) -> Tensor:
+    """A picture as (3, H, W) uint8.
+
+    Raises:
+        UnreadableImageError: if it is no whole picture.
+    """
+    return torch.from_numpy(np.round(read(source).rgb * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
 
 
 class DegradedBatches(Dataset):

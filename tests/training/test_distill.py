@@ -1,0 +1,439 @@
+"""The trainer: it learns, it can be stopped at any moment, and what it writes is what it measured."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tsdsr import TSDSRPipeline
+from tsdsr.imaging import read
+from tsdsr.training import distill as module
+from tsdsr.training.distill import TrainingError, distill
+
+
+def trained(output_dir, step):
+    return load_file(output_dir / "checkpoints" / f"checkpoint-{step}" / "trained.safetensors")
+
+
+def assert_equal(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+EXACTLY = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole")
+    metrics = distill(config(output))
+    return output, metrics
+
+
+def test_it_trains_student_and_fake_score(whole):
+    output, _ = whole
+    before, after = trained(output, 2), trained(output, 4)
+    kinds = {"student", "fake_score"}
+    for kind in kinds:
+        moved = [name for name in after if f".{kind}." in name and not torch.equal(before[name], after[name])]
+        assert moved, f"no weight of {kind} moved"
+    assert all(any(f".{kind}." in name for kind in kinds) for name in after)
+    assert any(name.startswith("vae.encoder") for name in after)
+    assert not any("decoder" in name for name in after)
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in log if "phase" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all({"latent_mse", "tsd", "fake_score"} <= line.keys() for line in steps)
+
+
+def test_a_second_run_repeats_the_first(whole, config, tmp_path, read_losses):
+    distill(config(tmp_path, dataloader_num_workers=1))
+    assert read_losses(tmp_path) == read_losses(whole[0])
+    assert_equal(trained(tmp_path, 4), trained(whole[0], 4), **EXACTLY)
+
+
+def test_another_seed_is_another_run(whole, config, tmp_path):
+    distill(config(tmp_path, seed=1, max_train_steps=2))
+    ours, theirs = trained(tmp_path, 2), trained(whole[0], 2)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_killed_and_resumed_follows_the_unbroken_run(whole, arguments, command, tmp_path, read_losses):
+    """SIGKILL in the middle of step 4, after the checkpoint of step 2: losses and weights repeat to the last bit."""
+    code = (
+        "import os, signal, sys\n"
+        "from tsdsr.training import distill as module\n"
+        "real, calls = module.fake_score_term, []\n"
+        "def killing(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*arguments)\n"
+        "module.fake_score_term = killing\n"
+        "module.main(sys.argv[1:])\n"
+    )
+    killed = command("-c", code, *arguments(tmp_path))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["checkpoint-2"]
+    resumed = command("-m", "tsdsr.training.distill", *arguments(tmp_path, resume_from_checkpoint="latest"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_losses(tmp_path) == read_losses(whole[0])
+    assert_equal(trained(tmp_path, 4), trained(whole[0], 4), **EXACTLY)
+    for file in ("pipeline/transformer/diffusion_pytorch_model.safetensors", "lora/pytorch_lora_weights.safetensors"):
+        assert_equal(load_file(tmp_path / file), load_file(whole[0] / file), **EXACTLY)
+
+
+def test_everything_that_has_a_state_is_resumed(config, tmp_path, read_losses):
+    """EMA, warm-up, accumulation, two updates of the fake score, ramps, a log line that spans the checkpoint."""
+    more = {
+        "ema_decay": 0.9,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "fake_score_updates": 2,
+        "tsd": [1, 2],
+        "logging_steps": 3,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 5,
+    }
+    distill(config(tmp_path / "whole", **more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for path in ("checkpoints/checkpoint-3", "checkpoints/checkpoint-4", "lora", "pipeline"):
+        shutil.rmtree(tmp_path / "again" / path)
+    distill(config(tmp_path / "again", **more, resume_from_checkpoint="latest"))
+    assert read_losses(tmp_path / "again") == read_losses(tmp_path / "whole")
+    assert_equal(trained(tmp_path / "again", 4), trained(tmp_path / "whole", 4), **EXACTLY)
+    file = "lora/pytorch_lora_weights.safetensors"
+    assert_equal(load_file(tmp_path / "again" / file), load_file(tmp_path / "whole" / file), **EXACTLY)
+
+
+def test_sigterm_saves_and_stops(whole, arguments, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tsdsr.training.distill", *arguments(tmp_path, max_train_steps=10000, seed=0)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    )
+    checkpoints = tmp_path / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not checkpoints.is_dir() or not any(path.name == "checkpoint-2" for path in checkpoints.iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Stopped as asked to, after step" in errors
+    last = max(int(path.name.split("-")[1]) for path in checkpoints.iterdir())
+    logged = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged[-1] == last
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    real, calls = module.distillation, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(module, "distillation", poisoned)
+    with pytest.raises(TrainingError, match=r"loss tsd became nan in step 4; .*checkpoint-2 is whole"):
+        distill(config(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.setattr(module, "distillation", real)
+    assert distill(config(tmp_path, resume_from_checkpoint="latest"))["student"]
+
+
+def test_a_full_disk_stops_the_run(arguments, tmp_path, capsys, monkeypatch):
+    from accelerate import Accelerator
+
+    real, calls = Accelerator.save_state, []
+
+    def full(self, folder):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(self, folder)
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(arguments(tmp_path))
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "step 4 could not be written" in message and "No space left" in message and "checkpoint-2" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+# --- what comes out
+
+
+def test_the_results_are_what_the_trainer_measured(whole, command, tmp_path, base_folder):
+    """In a fresh process, from the files: merged pipeline, and LoRA over the base."""
+    output, metrics = whole
+    code = """
+import sys, numpy as np, torch
+from tsdsr import PromptEmbeddings, TSDSRPipeline
+from tsdsr.imaging import read
+output, base, target = sys.argv[1:]
+merged = TSDSRPipeline.from_pretrained(output + "/pipeline", local_files_only=True)
+prompt = PromptEmbeddings.from_pretrained(output + "/lora", subfolder="prompt_embeddings")
+lora = TSDSRPipeline.from_pretrained(base, prompt_embeddings=prompt, local_files_only=True)
+lora.load_lora_weights(output + "/lora")
+name = "p_0000_00"
+lq = torch.from_numpy(read(f"{output}/validation/final/{name}_lq.png").rgb).permute(2, 0, 1)[None]
+for kind, pipeline in (("merged", merged), ("lora", lora)):
+    pipeline.set_progress_bar_config(disable=True)
+    np.save(f"{target}/{kind}.npy", pipeline(lq, process_size=0, color_fix="none", output_type="np").images[0])
+"""
+    result = command("-c", code, str(output), str(base_folder), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    expected = read(output / "validation" / "final" / "p_0000_00.png").rgb
+    bare = TSDSRPipeline.from_pretrained(base_folder, local_files_only=True)
+    bare.set_progress_bar_config(disable=True)
+    lq = read(output / "validation" / "final" / "p_0000_00_lq.png").rgb
+    start = bare(lq, process_size=0, color_fix="none", output_type="np").images[0]
+    for kind in ("merged", "lora"):
+        ours = np.load(tmp_path / f"{kind}.npy")
+        assert ours.shape == expected.shape == (32, 32, 3)
+        assert np.abs(ours - expected).max() <= 0.51 / 255
+        assert np.abs(ours - start).max() > 2 / 255, "training changed nothing"
+    assert metrics["student"]["psnr_y"] != metrics["start"]["psnr_y"]
+
+
+def test_the_lora_file_says_what_it_is(whole):
+    from safetensors import safe_open
+
+    with safe_open(whole[0] / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        names, metadata = list(file.keys()), json.loads(file.metadata()["lora_adapter_metadata"])
+    assert {name.split(".")[0] for name in names} == {"transformer", "vae"}
+    assert metadata["transformer.r"] == metadata["transformer.lora_alpha"] == 2
+    assert metadata["vae.r"] == 2 and all(name.startswith("encoder.") for name in metadata["vae.target_modules"])
+
+
+def test_the_published_layout_goes_through_convert(whole, base_folder, tmp_path):
+    """What ComfyUI's loader takes is what `tsdsr convert` takes: both read it by the same functions."""
+    from tsdsr.checkpoints.assemble import assemble_tsdsr
+
+    lora = whole[0] / "lora"
+    pipeline = assemble_tsdsr(base_folder, base_folder, lora, lora)
+    merged = TSDSRPipeline.from_pretrained(whole[0] / "pipeline", local_files_only=True)
+    for part in ("transformer", "vae"):
+        ours, theirs = (getattr(one, part).state_dict() for one in (pipeline, merged))
+        assert_equal(ours, theirs, rtol=0, atol=1e-6)
+    assert torch.equal(pipeline.prompt_embeddings.prompt_embeds, merged.prompt_embeddings.prompt_embeds)
+
+
+def test_the_model_card(whole, base_folder):
+    for kind in ("lora", "pipeline"):
+        text = (whole[0] / kind / "README.md").read_text()
+        assert "library_name: diffusers" in text and "learning_rate: 0.001" in text and "PSNR-Y" in text
+        assert "accelerate launch -m tsdsr.training.distill" in text
+        assert str(base_folder.parent) not in text and base_folder.name in text
+    assert "load_lora_weights" in (whole[0] / "lora" / "README.md").read_text()
+
+
+def test_validation_sheets_are_there(whole):
+    sheet = read(whole[0] / "validation" / "step-000004.png").rgb
+    assert sheet.shape == (2 * 32, 3 * 32, 3)
+    assert sorted(path.name for path in (whole[0] / "validation" / "final").iterdir())[:3] == [
+        "p_0000_00.png",
+        "p_0000_00_hq.png",
+        "p_0000_00_lq.png",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged"])
+def test_one_kind_of_output(config, tmp_path, kind):
+    distill(config(tmp_path, output=kind, max_train_steps=1))
+    assert (tmp_path / "lora").is_dir() == (kind == "lora") and (tmp_path / "pipeline").is_dir() == (kind == "merged")
+
+
+# --- what can be trained
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "full"])
+def test_full_weights_and_the_encoder(config, tmp_path, encoder, base_folder):
+    distill(config(tmp_path, train_type="full", vae_encoder=encoder, max_train_steps=2))
+    weights = trained(tmp_path, 2)
+    assert any(name.startswith("student_network.") for name in weights)
+    assert any(name.startswith("student_vae.encoder") for name in weights) == (encoder == "full")
+    assert not any("decoder" in name for name in weights)
+    base = TSDSRPipeline.from_pretrained(base_folder, local_files_only=True)
+    ours = TSDSRPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    name = "transformer_blocks.0.ff.net.0.proj.weight"
+    assert not torch.equal(ours.transformer.state_dict()[name], base.transformer.state_dict()[name])
+    assert torch.equal(ours.vae.encoder.conv_in.weight, base.vae.encoder.conv_in.weight) == (encoder == "frozen")
+    assert torch.equal(ours.vae.decoder.conv_in.weight, base.vae.decoder.conv_in.weight)
+
+
+def test_gradient_checkpointing_changes_nothing(whole, config, tmp_path):
+    distill(config(tmp_path, gradient_checkpointing=True, max_train_steps=2))
+    assert_equal(trained(tmp_path, 2), trained(whole[0], 2), rtol=1e-4, atol=1e-6)
+
+
+def test_bf16(config, tmp_path):
+    metrics = distill(config(tmp_path, mixed_precision="bf16", max_train_steps=2))
+    assert metrics["student"]["psnr_y"] > 0
+    assert all(tensor.dtype == torch.float32 for tensor in trained(tmp_path, 2).values())
+    assert (
+        load_file(tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].dtype
+        == torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_unet_students(make_pipeline, config, tmp_path, prediction):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.register_to_config(prediction_type=prediction)
+    make_pipeline("kl", network="unet", scheduler=scheduler).save_pretrained(tmp_path / "base")
+    metrics = distill(
+        config(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "base", learning_rate=1e-4, max_train_steps=2)
+    )
+    assert metrics["student"]["psnr_y"] != metrics["start"]["psnr_y"]
+    pipeline = TSDSRPipeline.from_pretrained(tmp_path / "run" / "pipeline", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    final = tmp_path / "run" / "validation" / "final"
+    lq = read(final / "p_0000_00_lq.png").rgb
+    result = pipeline(lq, process_size=0, color_fix="none", output_type="np").images[0]
+    assert np.abs(result - read(final / "p_0000_00.png").rgb).max() <= 0.51 / 255
+    base = TSDSRPipeline.from_pretrained(tmp_path / "base", local_files_only=True)
+    base.load_lora_weights(tmp_path / "run" / "lora")
+    assert base.get_list_adapters().keys() == {"unet", "vae"}
+
+
+# --- what the settings do
+
+
+def first_losses(config, folder, **changed):
+    distill(config(folder, max_train_steps=1, output="lora", validation_photographs=0, **changed))
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_switches_change_what_they_say(config, tmp_path):
+    """The first step's losses: the student and the fake score begin as the base, so that TSD's parts are known."""
+    plain = first_losses(config, tmp_path / "plain")
+    assert {"latent_mse", "tsd", "fake_score"} <= plain.keys()
+    # Student and fake score are the base itself in the first step: psi - phi = 0.
+    vsd = first_losses(config, tmp_path / "vsd", vsd_weight=1.0)
+    assert vsd["tsd"] == pytest.approx(0, abs=1e-10)
+    tsm = first_losses(config, tmp_path / "tsm", vsd_weight=0.0)
+    assert tsm["tsd"] > plain["tsd"] > 0
+    assert plain["tsd"] == pytest.approx(0.3**2 * tsm["tsd"], rel=1e-3)  # half the square of 0.3 times the gradient
+    one_point = first_losses(config, tmp_path / "one", vsd_weight=0.0, dasm_steps=1)
+    assert 0 < one_point["tsd"] < tsm["tsd"]
+    without = first_losses(config, tmp_path / "without", tsd=0)
+    assert "tsd" not in without and "fake_score" not in without
+    assert without["latent_mse"] == plain["latent_mse"]
+    pixels = first_losses(
+        config, tmp_path / "pixels", latent_mse=0, pixel_l1=1, gradient_l1=1, frequency_l1=1, encoder_features=1
+    )
+    assert {"pixel_l1", "gradient_l1", "frequency_l1", "encoder_features"} <= pixels.keys()
+    assert "latent_mse" not in pixels
+
+
+def test_two_updates_of_the_fake_score_move_it_further(config, tmp_path):
+    for updates in (1, 2):
+        distill(config(tmp_path / str(updates), fake_score_updates=updates, max_train_steps=1, checkpointing_steps=1))
+    once, twice = (trained(tmp_path / str(updates), 1) for updates in (1, 2))
+    fake = [name for name in once if ".fake_score." in name and "lora_B" in name]
+    moved = [sum(float(weights[name].abs().sum()) for name in fake) for weights in (once, twice)]
+    assert moved[1] > 1.3 * moved[0]
+    student = [name for name in once if ".student." in name]
+    assert all(torch.equal(once[name], twice[name]) for name in student)
+
+
+def test_learning_rates_are_separate(config, tmp_path):
+    distill(config(tmp_path, fake_score_learning_rate=0.0, max_train_steps=2))
+    weights = trained(tmp_path, 2)
+    assert all(not weights[name].any() for name in weights if ".fake_score." in name and "lora_B" in name)
+    assert any(weights[name].any() for name in weights if ".student." in name and "lora_B" in name)
+
+
+def test_the_average_is_what_is_written(config, tmp_path):
+    distill(config(tmp_path, ema_decay=0.9, output="lora"))
+    written = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    raw = trained(tmp_path, 4)
+    name = "transformer_blocks.0.attn.to_q.lora_B"
+    ours = written[f"transformer.{name}.weight"]
+    last = raw[f"network.{name}.student.weight"]
+    assert ours.abs().sum() > 0 and not torch.allclose(ours, last, rtol=1e-3, atol=0)
+
+
+def test_images_on_the_device(whole, config, tmp_path):
+    distill(config(tmp_path, degrade_on="device", max_train_steps=2))
+    assert_equal(trained(tmp_path, 2), trained(whole[0], 2), rtol=1e-4, atol=1e-6)
+
+
+def test_corrupt_pictures_are_named(photographs, config, tmp_path, caplog):
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    for name in ("p_0001_00.png", "p_0002_00.png", "p_0003_00.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    with caplog.at_level("WARNING", logger="tsdsr.training"):
+        distill(config(tmp_path / "run", train_data_dir=folder))
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])
+    assert last["skipped"] >= 1
+    assert "p_000" in caplog.text and "could not be read and were skipped" in caplog.text
+
+
+def test_tensorboard(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    distill(config(tmp_path, report_to="tensorboard", max_train_steps=2, validation_steps=1))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents*") if path.stat().st_size > 2000)
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"latent_mse", "tsd", "validation/psnr_y"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["LQ, student, HQ"]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"guidance_scale": 7.5}, "Guidance needs the empty prompt"),
+        ({"pretrained_model_name_or_path": "/nowhere"}, "base /nowhere cannot be loaded"),
+        ({"train_data_dir": "/nowhere"}, "train_data_dir /nowhere is not a folder"),
+        ({"train_lq_dir": "/nowhere"}, "/nowhere"),
+        ({"validation_photographs": 8}, "more than 8 are needed"),
+        ({"lpips": 1}, "encoder_features, which needs no download"),
+        ({"validation_metrics": ["nonsense"]}, "validation metric nonsense cannot be made"),
+        ({"prompt_embeds": "/nowhere"}, "/nowhere holds no prompt_embeds"),
+        ({"resume_from_checkpoint": "/nowhere"}, "/nowhere is no whole checkpoint"),
+        ({"teacher_lora": "/nowhere"}, "teacher_lora /nowhere"),
+    ],
+)
+def test_bad_settings_are_one_sentence(arguments, tmp_path, capsys, changed, message):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(arguments(tmp_path, **changed))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_base_of_another_family(tmp_path, arguments, capsys):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(
+        json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]})
+    )
+    with pytest.raises(SystemExit):
+        module.main(arguments(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "base"))
+    assert "neither an SD3 transformer nor an SD2 UNet" in capsys.readouterr().err
+
+
+def test_settings_of_another_run_are_not_resumed(whole, config, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="trained other weights"):
+        distill(config(tmp_path / "run", rank=4, resume_from_checkpoint="latest"))

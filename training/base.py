@@ -1,0 +1,239 @@
+"""The base a student is distilled from: its networks, schedule and prompts, from a diffusers folder or the Hub."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..models.prompt_embeddings import PromptEmbeddings
+from .config import ConfigError, DistillConfig
+from .families import Ddpm, Family, Prompt, RectifiedFlow
+from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
+from .text import load_text_encoder
+
+# The fixed caption of the published weights (train/train.py of the release).
+PUBLISHED_PROMPT = (
+    "Cinematic, High Contrast, highly detailed, taken using a Canon EOS R camera, hyper detailed photo - realistic "
+    "maximum detail, 32k, Color Grading, ultra HD, extrememeticulous detailing, skin pore detailing, hyper sharpness, "
+    "perfect without deformations."
+)
+# Names of the published files, without .pt or .safetensors.
+EMBEDDING_FILES = ("prompt_embeds", "pool_embeds")
+
+
+@dataclass
+class Base:
+    """What a base folder holds, on the CPU.
+
+    Attributes:
+        family: rectified flow or DDPM.
+        denoiser: the transformer or UNet.
+        vae: its autoencoder.
+        prompt: the fixed prompt that the student always reads.
+        null_prompt: the empty prompt of classifier-free guidance, if there is one.
+    """
+
+    family: Family
+    denoiser: Any
+    vae: Any
+    prompt: PromptEmbeddings
+    null_prompt: Prompt | None
+
+
+def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = None) -> Base:
+    """The base that `name` holds.
+
+    Args:
+        config: revision, variant, timestep and prompts are read from it.
+        name: diffusers folder (SD3's or SD2's, or a `TSDSRPipeline`'s) or Hub id.
+        null_prompt: one that is known already, from prepared photographs.
+
+    Raises:
+        ConfigError: if it cannot be found, is of another kind, or has no prompt and none is given.
+    """
+    where = {"revision": config.revision}
+    try:
+        index = DiffusionPipeline.load_config(name, **where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The base {name} cannot be loaded ({str(error).splitlines()[0]}).") from error
+
+    def part(kind: Any, folder: str) -> Any:
+        try:
+            return kind.from_pretrained(name, subfolder=folder, variant=config.variant, **where)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{folder} of {name} cannot be loaded ({str(error).splitlines()[0]}).") from error
+
+    classes = {folder: entry[1] for folder, entry in index.items() if isinstance(entry, list | tuple)}
+    family: Family
+    if classes.get("transformer") == "SD3Transformer2DModel":
+        denoiser = part(SD3Transformer2DModel, "transformer")
+        schedule = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler", **where)
+        family = RectifiedFlow(schedule, **_given(timestep=config.timestep))
+    elif classes.get("unet") == "UNet2DConditionModel":
+        denoiser = part(UNet2DConditionModel, "unet")
+        schedule = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **where)
+        family = Ddpm(schedule, **_given(timestep=config.timestep))
+    else:
+        raise ConfigError(
+            f"{name} holds neither an SD3 transformer nor an SD2 UNet (its model_index.json names "
+            f"{', '.join(sorted(str(kind) for kind in classes.values() if kind))}); name a base of one of the two."
+        )
+    vae = part(AutoencoderTiny if classes.get("vae") == "AutoencoderTiny" else AutoencoderKL, "vae")
+
+    fixed = _embeddings(config.prompt_embeds) if config.prompt_embeds else None
+    if config.null_prompt_embeds:
+        null_prompt = _embeddings(config.null_prompt_embeds)
+    if fixed is None and not config.prompt and classes.get("prompt_embeddings"):
+        saved = part(PromptEmbeddings, "prompt_embeddings")
+        fixed = (saved.prompt_embeds.detach(), saved.pooled_prompt_embeds.detach())
+    if fixed is None or null_prompt is None:
+        encode = load_text_encoder(name, config.revision, config.variant)
+        if encode is not None:
+            fixed = fixed or encode([config.prompt or PUBLISHED_PROMPT])
+            null_prompt = null_prompt or encode([""])
+    if fixed is None:
+        raise ConfigError(
+            f"{name} has no text encoders, so the fixed prompt cannot be made: name a folder with prompt_embeds and "
+            "pool_embeds (prompt_embeds), or a base with text encoders."
+        )
+    if null_prompt is None and any(phase.uses("tsd") and phase.guidance_scale != 1 for phase in config.phases):
+        raise ConfigError(
+            f"Guidance needs the empty prompt, and {name} has no text encoders to make it: name its embeddings "
+            "(null_prompt_embeds), or set guidance_scale 1."
+        )
+    return Base(family, denoiser, vae, PromptEmbeddings.from_tensors(*fixed), null_prompt)
+
+
+def prompts_of(
+    base: Base, device: torch.device, dtype: torch.dtype
+) -> tuple[Prompt, Prompt | None, Callable[[dict[str, Any]], Prompt]]:
+    """The fixed prompt, the empty one, and a function from a batch to the prompt of its captions, all on the device.
+
+    Batches without embedded captions get the fixed prompt.
+    """
+
+    def moved(embeds: torch.Tensor, pooled: torch.Tensor | None) -> Prompt:
+        return embeds.to(device, dtype), None if pooled is None or not pooled.numel() else pooled.to(device, dtype)
+
+    fixed = moved(base.prompt.prompt_embeds.detach(), base.prompt.pooled_prompt_embeds.detach())
+    null = None if base.null_prompt is None else moved(*base.null_prompt)
+
+    def captions(batch: dict[str, Any]) -> Prompt:
+        if "prompt_embeds" not in batch:
+            return fixed
+        return moved(batch["prompt_embeds"], batch.get("pooled_prompt_embeds"))
+
+    return fixed, null, captions
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _embeddings(folder: str) -> Prompt:
+    """The published pair of files; without pool_embeds for a UNet's prompt."""
+    found: list[torch.Tensor | None] = []
+    for stem in EMBEDDING_FILES:
+        paths = [Path(folder) / f"{stem}{suffix}" for suffix in (".safetensors", ".pt")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            if stem == "prompt_embeds":
+                raise ConfigError(f"{folder} holds no prompt_embeds.safetensors and no prompt_embeds.pt.")
+            found.append(None)
+        elif path.suffix == ".pt":
+            found.append(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            found.append(next(iter(load_file(path).values())))
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype) -> Networks:
+    """The base in its roles, frozen weights in `weight_dtype`, trained ones in float32.
+
+    Raises:
+        ConfigError: if the teacher's LoRA does not fit.
+    """
+    family, shift = base.family, 0.0
+    if config.use_shift_factor:
+        shift = getattr(base.vae.config, "shift_factor", None) or 0.0
+    own_denoiser = own_vae = None
+    # Copied before they are cast, so that what is trained begins at full precision.
+    if config.train_type == "full":
+        own_denoiser = copy.deepcopy(base.denoiser).float().requires_grad_(True)
+    if config.vae_encoder == "full":
+        own_vae = copy.deepcopy(base.vae).requires_grad_(False)
+        own_vae.decoder = base.vae.decoder
+        for _, module in encoder_layers(own_vae):
+            module.float().requires_grad_(True)
+    base.denoiser.to(weight_dtype)
+    base.vae.to(weight_dtype)
+    base.prompt.to(weight_dtype).requires_grad_(False)
+
+    loras = {FAKE_SCORE: lora_config(config.fake_score_rank, family.fake_score_targets)}
+    if config.train_type == "lora":
+        loras[STUDENT] = lora_config(config.rank, family.student_targets)
+    if config.teacher_lora:
+        load_teacher(base, config.teacher_lora)
+    denoiser = SharedBase(base.denoiser, loras, own_denoiser)
+    vae_loras = {}
+    if config.vae_encoder == "lora":
+        vae_loras[STUDENT] = lora_config(config.vae_rank, tuple(name for name, _ in encoder_layers(base.vae)))
+    vae = SharedBase(base.vae, vae_loras, own_vae)
+    networks = Networks(family, denoiser, vae, shift)
+    cast_training_params([networks], dtype=torch.float32)
+    if config.gradient_checkpointing:
+        for network in (networks.network, networks.student_network, networks.vae, networks.student_vae):
+            if network is not None and network._supports_gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+    if config.torch_compile:
+        for network in (networks.network, networks.student_network):
+            if network is not None:
+                network.compile_repeated_blocks()
+    return networks
+
+
+def load_teacher(base: Base, path: str) -> None:
+    """Give the base the teacher's LoRA (the published teacher.safetensors: keys `transformer.*`, alpha = rank).
+
+    Raises:
+        ConfigError: if the file is not there, or is for another network.
+    """
+    try:
+        weights = load_file(path)
+        base.denoiser.load_lora_adapter(weights, prefix=base.family.component, adapter_name=TEACHER)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"teacher_lora {path} cannot be used ({str(error).splitlines()[0]}).") from error
+    if TEACHER not in (getattr(base.denoiser, "peft_config", None) or {}):
+        raise ConfigError(f"teacher_lora {path} cannot be used (it holds no keys {base.family.component}.*).")
+
+
+def lora_config(rank: int, targets: tuple[str, ...]) -> LoraConfig:
+    """A LoRA as the published ones are: alpha = rank, Gaussian A, B = 0."""
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+
+
+def encoder_layers(vae: Any) -> list[tuple[str, nn.Module]]:
+    """Convolutions and linear layers of a VAE's encoder, with quant_conv where it exists."""
+    return [
+        (name, module)
+        for name, module in vae.named_modules()
+        if (name.startswith("encoder.") or name == "quant_conv") and isinstance(module, nn.Conv2d | nn.Linear)
+    ]

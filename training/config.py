@@ -1,0 +1,352 @@
+"""Everything a distillation run can be told: flags with diffusers' names, or the keys of a recipe (YAML)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .objectives.tsd import STEP_WEIGHTS
+
+
+class ConfigError(ValueError):
+    """One sentence on what in a recipe or on the command line cannot be used."""
+
+
+def setting(default: Any, text: str, **more: Any) -> Any:
+    """A field with its help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Phase:
+    """One stretch of training and its losses.
+
+    A weight is one number, or two: then it goes in a straight line from the first to the second over the phase. 0
+    leaves the term out.
+    """
+
+    name: str = setting("train", "name of the phase in logs")
+    steps: int = setting(0, "optimiser steps of the phase; 0: what is left of max_train_steps")
+    latent_mse: list[float] = setting([1.0], "weight of the squared error of latents (equation 7)")
+    pixel_l1: list[float] = setting([0.0], "weight of the absolute error of pixels")
+    gradient_l1: list[float] = setting([0.0], "weight of the absolute error of finite differences")
+    frequency_l1: list[float] = setting([0.0], "weight of the absolute error of Fourier transforms")
+    encoder_features: list[float] = setting([0.0], "weight of the distance in a frozen VAE encoder's features")
+    lpips: list[float] = setting([0.0], "weight of LPIPS (equation 7); needs pyiqa and its weights")
+    tsd: list[float] = setting([1.0], "weight of target score distillation (equation 8)")
+    vsd_weight: float = setting(0.7, "lambda of equation 5: 1 is VSD alone, 0 TSM alone")
+    dasm_steps: int = setting(4, "points on the trajectory (equation 6); 1 is without DASM")
+    dasm_spacing: int = setting(50, "schedule indices between two points")
+    dasm_jitter: bool = setting(True, "vary the length of the trajectory")
+    step_weights: list[float] = setting(list(STEP_WEIGHTS), "weight of each point")
+    guidance_scale: float = setting(7.5, "classifier-free guidance of teacher and fake score")
+
+    WEIGHTS = ("latent_mse", "pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips", "tsd")
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """The terms that count and their weights, `progress` 0..1 through the phase."""
+        found = {}
+        for name in self.WEIGHTS:
+            values = getattr(self, name)
+            value = values[0] + (values[-1] - values[0]) * progress
+            if any(values):
+                found[name] = value
+        return found
+
+    def uses(self, term: str) -> bool:
+        """Whether a term counts anywhere in the phase."""
+        return any(getattr(self, term))
+
+
+@dataclass
+class DistillConfig:
+    """A run: where things come from, what is trained and how, and what is written."""
+
+    # The base
+    pretrained_model_name_or_path: str | None = setting(None, "diffusers folder or Hub id of the base (SD3, SD2)")
+    revision: str | None = setting(None, "branch, tag or commit of the base on the Hub")
+    variant: str | None = setting(None, "variant of the base's weight files, such as fp16")
+    pretrain: dict | None = setting(None, "train a base first: the settings of training/pretrain.py (recipes only)")
+    teacher_lora: str | None = setting(None, "LoRA that makes the base a better teacher, a safetensors file")
+    timestep: float | None = setting(None, "the student's one timestep; 1000 for SD3, 999 for SD2")
+    use_shift_factor: bool = setting(False, "latents are (z - shift_factor) * scaling_factor; TSD-SR leaves it out")
+
+    # The prompt
+    prompt_embeds: str | None = setting(None, "folder with prompt_embeds and pool_embeds, .pt or .safetensors")
+    null_prompt_embeds: str | None = setting(None, "the same for the empty prompt of classifier-free guidance")
+    prompt: str | None = setting(None, "text of the fixed prompt; needs the base's text encoders")
+
+    # What is trained
+    train_type: str = setting("lora", "the student's denoiser: lora, or full for all of its weights")
+    vae_encoder: str = setting("lora", "the student's VAE encoder: lora, full or frozen")
+    rank: int = setting(64, "LoRA rank of the student")
+    fake_score_rank: int = setting(64, "LoRA rank of the fake-score model")
+    vae_rank: int = setting(64, "LoRA rank of the VAE encoder")
+
+    # Photographs
+    train_data_dir: str | None = setting(None, "folder of sharp photographs, or of shards made by `tsdsr prepare`")
+    train_lq_dir: str | None = setting(None, "folder of their damaged partners; without it they are degraded here")
+    dataset_name: str | None = setting(None, "dataset on the Hugging Face Hub, streamed")
+    dataset_config_name: str | None = setting(None, "configuration of that dataset")
+    data_files: list[str] = setting([], "parquet or webdataset .tar shards, streamed", nargs="+")
+    image_column: str = setting("image", "column of the streamed dataset that holds pictures")
+    caption_column: str | None = setting(None, "column that holds captions")
+    resolution: int = setting(512, "side of the HQ crops, pixels")
+    scale: int = setting(4, "how much smaller the LQ pictures are")
+    random_flip: bool = setting(True, "mirror and turn the crops at random")
+    mild_degradation: float = setting(0.0, "share of the batches that are damaged mildly")
+    degrade_on: str = setting("worker", "where photographs are degraded: worker (CPU) or device")
+    dataloader_num_workers: int = setting(0, "processes that prepare batches; 0: none but the trainer")
+    validation_photographs: int = setting(0, "how many photographs of train_data_dir are held aside")
+    validation_dir: str | None = setting(None, "folder of sharp photographs to validate on, instead")
+    validation_lq_dir: str | None = setting(None, "folder of their damaged partners")
+    validation_size: int = setting(512, "side of the centre of a validation photograph that is used, pixels")
+    max_validation_images: int = setting(16, "how many of them are used during training")
+
+    # Optimisation
+    seed: int = setting(0, "of everything that is drawn")
+    max_train_steps: int = setting(0, "optimiser steps of the student; 0: those of the phases")
+    train_batch_size: int = setting(2, "pictures in a micro-batch, for each process")
+    gradient_accumulation_steps: int = setting(1, "micro-batches for one optimiser step")
+    gradient_checkpointing: bool = setting(False, "recompute activations backwards: slower, less memory")
+    learning_rate: float = setting(5e-6, "of the student (published: 5e-6)")
+    fake_score_learning_rate: float = setting(1e-6, "of the fake-score model (published: 1e-6)")
+    fake_score_updates: int = setting(1, "updates of the fake-score model for one of the student")
+    lr_scheduler: str = setting("cosine_with_restarts", "one of diffusers' schedules")
+    lr_warmup_steps: int = setting(0, "steps of linear warm-up")
+    lr_num_cycles: int = setting(1, "cycles of cosine_with_restarts")
+    adam_beta1: float = setting(0.9, "AdamW")
+    adam_beta2: float = setting(0.999, "AdamW")
+    adam_epsilon: float = setting(1e-8, "AdamW")
+    adam_weight_decay: float = setting(1e-4, "AdamW")
+    max_grad_norm: float = setting(1.0, "gradients of student and fake score are clipped to this norm, each")
+    ema_decay: float = setting(0.0, "average the student's weights with this decay; 0: do not")
+    mixed_precision: str | None = setting(None, "no, fp16 or bf16; by default what accelerate is configured for")
+    torch_compile: bool = setting(False, "compile the blocks of the denoiser")
+
+    # Outputs
+    output_dir: str = setting("runs/tsdsr", "checkpoints, log, validation pictures and results")
+    output: str = setting("both", "what is written at the end: lora, merged or both")
+    checkpointing_steps: int = setting(500, "a checkpoint every so many steps")
+    checkpoints_total_limit: int | None = setting(None, "how many are kept; by default all")
+    resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder")
+    validation_steps: int = setting(500, "validate every so many steps; 0: only at the end")
+    validation_metrics: list[str] = setting(["psnr_y", "ssim_y"], "and any metric of pyiqa", nargs="+")
+    logging_steps: int = setting(10, "a line in the log every so many steps")
+    report_to: str | None = setting(None, "tensorboard, wandb or all")
+    tracker_project_name: str = setting("tsdsr", "project name for trackers")
+    push_to_hub: bool = setting(False, "upload the result")
+    hub_model_id: str | None = setting(None, "owner/name on the Hub; by default the name of output_dir")
+    hub_token: str | None = setting(None, "token; by default the one you are logged in with")
+    hub_private_repo: bool = setting(False, "make the repository private")
+
+    phases: list[Phase] = field(default_factory=list, metadata={"help": "in recipes: a list of phases"})
+    # The recipe's file name, for the model card.
+    recipe: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("train_type", ("lora", "full")),
+            ("vae_encoder", ("lora", "full", "frozen")),
+            ("degrade_on", ("worker", "device")),
+            ("output", ("lora", "merged", "both")),
+            ("mixed_precision", (None, "no", "fp16", "bf16")),
+        ):
+            if getattr(self, name) not in allowed:
+                names = ", ".join(str(value) for value in allowed if value)
+                raise ConfigError(f"{name} must be one of {names}, not {getattr(self, name)!r}.")
+        for name in (
+            "rank",
+            "fake_score_rank",
+            "vae_rank",
+            "resolution",
+            "scale",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "fake_score_updates",
+            "checkpointing_steps",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ConfigError(f"checkpoints_total_limit must be at least 1, not {self.checkpoints_total_limit}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be from 0 to below 1, not {self.ema_decay}.")
+        if self.resolution % self.scale:
+            raise ConfigError(f"resolution ({self.resolution}) must be a multiple of scale ({self.scale}).")
+        if self.output != "merged" and self.train_type == "full":
+            if self.output == "lora":
+                raise ConfigError("train_type full has no LoRA to write: use output merged.")
+            self.output = "merged"
+        sources = [name for name in ("train_data_dir", "dataset_name", "data_files") if getattr(self, name)]
+        if len(sources) != 1:
+            raise ConfigError(
+                "Name the photographs by exactly one of train_data_dir, dataset_name and data_files"
+                + (f", not by {' and '.join(sources)}." if sources else ".")
+            )
+        if bool(self.pretrained_model_name_or_path) == bool(self.pretrain):
+            raise ConfigError("Name a base (pretrained_model_name_or_path) or have one trained (pretrain).")
+        open_ended = [phase.name for phase in self.phases if not phase.steps]
+        if not self.max_train_steps:
+            if open_ended:
+                raise ConfigError(f"Phase {open_ended[0]!r} has no steps, and max_train_steps is not given.")
+            self.max_train_steps = sum(phase.steps for phase in self.phases)
+        for phase in self.phases:
+            for name in phase.WEIGHTS:
+                if len(getattr(phase, name)) not in (1, 2):
+                    raise ConfigError(f"{name} takes one weight, or two to go from one to the other.")
+            if phase.uses("tsd") and len(phase.step_weights) < phase.dasm_steps:
+                raise ConfigError(
+                    f"step_weights must hold {phase.dasm_steps} weights, one for each point (dasm_steps), "
+                    f"not {len(phase.step_weights)}."
+                )
+            if not any(phase.uses(name) for name in phase.WEIGHTS):
+                raise ConfigError(f"Phase {phase.name!r} has no loss: give one of its terms a weight.")
+
+    def phase_at(self, step: int) -> tuple[Phase, float]:
+        """The phase of step `step` (from 0) and how far through it that is, 0..1; the last phase never ends."""
+        begin = 0
+        for index, phase in enumerate(self.phases):
+            last = index == len(self.phases) - 1
+            length = phase.steps or max(1, self.max_train_steps - begin)
+            if step < begin + length or last:
+                return phase, min(1.0, (step - begin) / max(1, length - 1))
+            begin += length
+        raise AssertionError("a run has phases")
+
+    def uses(self, term: str) -> bool:
+        """Whether a term counts in any phase."""
+        return any(phase.uses(term) for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, as a recipe would say it; without secrets."""
+        values = {}
+        for item in fields(self):
+            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+            value = getattr(self, item.name)
+            if value != default and item.name not in ("hub_token", "recipe", "phases"):
+                values[item.name] = value
+        values["phases"] = [asdict(phase) for phase in self.phases]
+        return values
+
+
+def parse(arguments: Sequence[str] | None = None, description: str = "") -> DistillConfig:
+    """A run from flags and a recipe (`--config FILE`); what is typed wins over the recipe, in all of its phases.
+
+    Raises:
+        ConfigError: for settings that cannot be used. Unknown flags end the program as argparse does it.
+    """
+    typed, recipe = _typed(sys.argv[1:] if arguments is None else arguments, description)
+    values = _read(Path(recipe)) if recipe else {}
+    unknown = sorted(set(values) - _names(DistillConfig) - _names(Phase))
+    if unknown:
+        raise ConfigError(f"{recipe} has settings that do not exist: {', '.join(unknown)}.")
+    listed = values.pop("phases", None) or [{}]
+    in_all = {name: values.pop(name) for name in list(values) if name in _names(Phase)}
+    of_phases = {name: value for name, value in typed.items() if name in _names(Phase)}
+    of_run = {name: value for name, value in typed.items() if name not in of_phases}
+    phases = []
+    for entry in listed:
+        unknown = sorted(set(entry) - _names(Phase))
+        if unknown:
+            raise ConfigError(f"A phase in {recipe} has settings that do not exist: {', '.join(unknown)}.")
+        merged = {**in_all, **entry, **of_phases}
+        for name in Phase.WEIGHTS:
+            if name in merged and not isinstance(merged[name], list):
+                merged[name] = [merged[name]]
+        phases.append(_typed_as(Phase, merged))
+    merged = {**values, **of_run}
+    return _typed_as(DistillConfig, {**merged, "phases": phases, "recipe": Path(recipe).name if recipe else None})
+
+
+def _names(kind: type) -> set[str]:
+    return {item.name for item in fields(kind)}
+
+
+def _read(recipe: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The recipe {recipe} cannot be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The recipe {recipe} is not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The recipe {recipe} must hold settings and their values.")
+    return values
+
+
+def _typed(arguments: Sequence[str], description: str) -> tuple[dict[str, Any], str | None]:
+    """The flags that were typed, by name, and the recipe."""
+    kinds = [_flags_of(kind) for kind in (DistillConfig, Phase)]
+    parser = HfArgumentParser(kinds, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a recipe: a YAML file with these settings, and phases")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    typed = vars(parser.parse_args(list(arguments)))
+    return typed, typed.pop("config", None)
+
+
+def _flags_of(kind: type) -> type:
+    """The dataclass without what only a recipe can say, and without its checks."""
+    kept = []
+    for item in fields(kind):
+        if item.name not in ("phases", "pretrain", "recipe", "name", "steps"):
+            default = item.default if item.default is not MISSING else item.default_factory
+            more = {"default": default} if item.default is not MISSING else {"default_factory": item.default_factory}
+            kept.append((item.name, item.type, field(**more, metadata=item.metadata)))
+    return make_dataclass(kind.__name__, kept)
+
+
+def _typed_as(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass, its values checked against the types of its defaults (YAML reads 1e-5 as a string)."""
+    checked = {}
+    for item in fields(kind):
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        try:
+            checked[item.name] = _as_type(value, item.type)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{item.name} cannot be {value!r}; it is {_readable(item.type)}.") from error
+    return kind(**checked)
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    if kind in ("bool", bool):
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind in ("int", int):
+        if isinstance(value, bool) or int(value) != float(value):
+            raise TypeError
+        return int(value)
+    if kind in ("float", float):
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
+    if kind == list[float]:
+        return [float(one) for one in value]
+    if kind == list[str]:
+        return [str(one) for one in ([value] if isinstance(value, str) else value)]
+    if kind == float | None:
+        return None if value is None else float(value)
+    if kind == int | None:
+        return None if value is None else _as_type(value, int)
+    if kind in (str, str | None):
+        if value is not None and not isinstance(value, str):
+            raise TypeError
+        return value
+    return value
+
+
+def _readable(kind: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))

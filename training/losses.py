@@ -1,0 +1,132 @@
+"""The student's losses by name: which of them count, and how much, is a phase's business."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConfigError, DistillConfig, Phase
+from .objectives import (
+    EncoderFeatureDistance,
+    dasm_trajectory,
+    fake_score_loss,
+    frequency_l1,
+    gradient_l1,
+    latent_mse,
+    noise_levels,
+    pixel_l1,
+    tsd_gradient,
+    tsd_loss,
+)
+from .objectives.noise import Velocity
+
+# Terms of pictures (B, 3, H, W) in -1..1, output first.
+PIXEL_TERMS = ("pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips")
+
+
+class Reconstruction:
+    """Equation 7 and its relatives: how far the student's latents and pictures are from the HQ ones.
+
+    Args:
+        config: which terms any phase uses; only those are made.
+        vae: the base's autoencoder, before it is given adapters; its encoder is copied where its features count.
+        device: of the terms that are networks.
+
+    Raises:
+        ConfigError: if LPIPS is asked for and cannot be had.
+    """
+
+    def __init__(self, config: DistillConfig, vae: nn.Module, device: torch.device):
+        self.terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "pixel_l1": pixel_l1,
+            "gradient_l1": gradient_l1,
+            "frequency_l1": frequency_l1,
+        }
+        if config.uses("encoder_features"):
+            self.terms["encoder_features"] = EncoderFeatureDistance(vae).to(device)
+        if config.uses("lpips"):
+            self.terms["lpips"] = lpips(device)
+
+    def __call__(
+        self,
+        weights: dict[str, float],
+        latents: Tensor,
+        hq_latents: Tensor,
+        decode: Callable[[Tensor], Tensor],
+        hq: Tensor,
+    ) -> dict[str, Tensor]:
+        """The terms that `weights` names, unweighted; pictures are decoded only if one of them looks at pictures."""
+        found = {}
+        if "latent_mse" in weights:
+            found["latent_mse"] = latent_mse(latents, hq_latents)
+        wanted = [name for name in PIXEL_TERMS if name in weights]
+        if wanted:
+            output = decode(latents)
+            found |= {name: self.terms[name](output, hq) for name in wanted}
+        return found
+
+
+def lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS (AlexNet, version 0.1) as the published training uses it, through pyiqa.
+
+    Raises:
+        ConfigError: if pyiqa is not installed, or its weights are not on this machine and cannot be fetched.
+    """
+    try:
+        import pyiqa
+    except (ImportError, RuntimeError) as error:  # torchvision that does not fit torch is a RuntimeError
+        raise ConfigError(
+            f"The term lpips needs pyiqa, which cannot be imported ({error}); pip install 'tsdsr[eval]', or use "
+            "encoder_features, which needs no download."
+        ) from error
+    try:
+        metric = pyiqa.create_metric("lpips", as_loss=True, device=device)
+    except Exception as error:  # what is raised offline depends on where pyiqa looks
+        raise ConfigError(
+            f"The weights of lpips are not here and could not be fetched ({str(error).splitlines()[0]}); run "
+            "`python -c \"import pyiqa; pyiqa.create_metric('lpips')\"` once with a network, or use encoder_features, "
+            "which needs no download."
+        ) from error
+    metric.requires_grad_(False)
+    return lambda output, target: metric(output.clamp(-1, 1) / 2 + 0.5, target / 2 + 0.5).mean()
+
+
+def distillation(
+    phase: Phase,
+    scheduler: Any,
+    latents: Tensor,
+    hq_latents: Tensor,
+    teacher: Velocity,
+    fake_score: Velocity,
+    generator: torch.Generator,
+) -> Tensor:
+    """Equation 8's second term for one batch, with a trajectory and noise drawn from `generator` (CPU)."""
+    sigmas = dasm_trajectory(
+        scheduler, len(latents), phase.dasm_steps, phase.dasm_spacing, phase.dasm_jitter, generator=generator
+    )
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    gradient = tsd_gradient(
+        latents.detach(),
+        hq_latents,
+        noise,
+        sigmas.to(latents.device),
+        teacher,
+        fake_score,
+        phase.vsd_weight,
+        phase.step_weights,
+    )
+    return tsd_loss(latents, gradient.gradient)
+
+
+def fake_score_term(scheduler: Any, latents: Tensor, fake_score: Velocity, generator: torch.Generator) -> Tensor:
+    """Equation 9 for one batch.
+
+    Drawn from `generator` (CPU), for each sample: a schedule index U{5 %..95 %}, a weight sigmoid(N(0, 1)), noise.
+    """
+    levels = noise_levels(scheduler)
+    margin = len(levels) // 20
+    indices = torch.randint(margin, len(levels) - margin, (len(latents),), generator=generator)
+    weighting = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    return fake_score_loss(latents, noise, levels[indices].to(latents.device), fake_score, weighting)

@@ -1,0 +1,210 @@
+"""Trains a small base from nothing but photographs: an autoencoder, then a rectified-flow teacher on its HQ latents.
+
+For recipes that have no published base to begin with; `pretrain` in a recipe holds the settings.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..models.prompt_embeddings import PromptEmbeddings
+from ..pipelines.pipeline_tsdsr import TSDSRPipeline
+from .checkpointing import Checkpoints, whole_folder
+from .config import ConfigError, DistillConfig
+from .data import BatchSettings, training_batches
+from .draws import PRETRAINING, draws
+from .embedded import start_as_interpolation
+from .inputs import Photographs
+from .objectives import add_noise, gradient_l1, pixel_l1
+
+logger = logging.getLogger("tsdsr.training")
+
+
+@dataclass
+class Stage:
+    """One of the two stages."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    train_batch_size: int = 8
+    resolution: int = 128  # side of the crops, pixels
+    warmup_steps: int = 20
+    ema_decay: float = 0.99
+
+
+@dataclass
+class PretrainConfig:
+    """The section `pretrain` of a recipe."""
+
+    vae: dict[str, Any]  # arguments of AutoencoderTiny
+    transformer: dict[str, Any]  # arguments of SD3Transformer2DModel
+    autoencoder: Stage
+    teacher: Stage
+    prompt_tokens: int = 4
+    gradient_l1: float = 0.5  # weight beside the absolute error of pixels, autoencoder
+    checkpointing_steps: int = 200
+    scheduler: dict[str, Any] = field(default_factory=lambda: {"shift": 3.0})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
+        """Raises a `ConfigError` for settings that are missing or do not exist."""
+        try:
+            stages = {name: Stage(**values[name]) for name in ("autoencoder", "teacher")}
+            return cls(**{**values, **stages})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"The section pretrain of the recipe cannot be used ({error}).") from error
+
+
+def autoencoder_loss(vae: AutoencoderTiny, hq: Tensor, weight: float) -> Tensor:
+    """Absolute error of pixels and of their differences, HQ pictures (B, 3, H, W) in -1..1."""
+    output = vae.decode(vae.encode(hq).latents).sample
+    return pixel_l1(output, hq) + weight * gradient_l1(output, hq)
+
+
+def flow_matching_loss(
+    transformer: SD3Transformer2DModel, prompt: tuple[Tensor, Tensor], latents: Tensor, generator: torch.Generator
+) -> Tensor:
+    """mean( (v - (noise - z))^2 ) at levels sigmoid(N(0, 1)) (Esser et al., 2024, sections 2 and 3.1)."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+    embeds, pooled = prompt
+    velocity = transformer(
+        hidden_states=add_noise(latents, noise, sigma),
+        timestep=1000 * sigma,
+        encoder_hidden_states=embeds.expand(len(latents), -1, -1),
+        pooled_projections=pooled.expand(len(latents), -1),
+        return_dict=False,
+    )[0]
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+def pretrain(config: DistillConfig, photographs: Photographs) -> str:
+    """Train the base of a recipe into `output_dir/base`; one that is whole already is taken when a run is resumed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: for settings that cannot be used.
+        OSError: if a checkpoint or the result cannot be written.
+    """
+    settings = PretrainConfig.from_dict(config.pretrain or {})
+    folder = Path(config.output_dir) / "base"
+    if config.resume_from_checkpoint and (folder / "model_index.json").is_file():
+        return str(folder)
+    set_seed(config.seed)
+    try:
+        vae = AutoencoderTiny(**settings.vae)
+        transformer = SD3Transformer2DModel(**settings.transformer)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vae or transformer of the section pretrain cannot be built ({error}).") from error
+    start_as_interpolation(vae)
+    nn.init.zeros_(transformer.proj_out.weight)
+    widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
+    prompt = PromptEmbeddings.from_tensors(
+        torch.randn(1, settings.prompt_tokens, widths[0]), torch.randn(1, widths[1])
+    ).requires_grad_(False)
+
+    def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Tensor:
+        return autoencoder_loss(model, hq, settings.gradient_l1)
+
+    train_stage("autoencoder", settings.autoencoder, settings, config, photographs, vae, reconstruct)
+    vae.requires_grad_(False).eval()
+    measure_latents(vae, config, photographs)
+
+    def match(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Tensor:
+        device_prompt = (prompt.prompt_embeds.to(hq.device), prompt.pooled_prompt_embeds.to(hq.device))
+        with torch.no_grad():
+            latents = (vae.to(hq.device).encode(hq).latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return flow_matching_loss(model, device_prompt, latents, generator)
+
+    train_stage("teacher", settings.teacher, settings, config, photographs, transformer, match)
+    if Accelerator().is_main_process:
+        with whole_folder(folder) as partial:
+            TSDSRPipeline(
+                vae=vae.cpu(),
+                transformer=transformer.cpu(),
+                scheduler=FlowMatchEulerDiscreteScheduler(**settings.scheduler),
+                prompt_embeddings=prompt.cpu(),
+                use_shift_factor=config.use_shift_factor,
+            ).save_pretrained(partial)
+            # AutoencoderTiny saves a value that its own loader then calls unexpected.
+            path = partial / "vae" / "config.json"
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop("block_out_channels", None)
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    Accelerator().wait_for_everyone()
+    return str(folder)
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderTiny, config: DistillConfig, photographs: Photographs) -> None:
+    """Set the autoencoder's scaling (and, where it is used, shift) factor, so that latents have variance 1."""
+    device = next(vae.parameters()).device
+    hq_only = BatchSettings(train_batch_size=16, resolution=128, seed=config.seed, degrade_on="device")
+    batch = next(training_batches(photographs.source, hq_only, stop=1))
+    latents = vae.encode(batch["hq"].to(device) * 2 - 1).latents
+    shift = float(latents.mean()) if config.use_shift_factor else 0.0
+    vae.register_to_config(shift_factor=shift, scaling_factor=1 / float((latents - shift).square().mean().sqrt()))
+
+
+def train_stage(
+    name: str,
+    stage: Stage,
+    settings: PretrainConfig,
+    config: DistillConfig,
+    photographs: Photographs,
+    model: nn.Module,
+    loss_of: Any,
+) -> None:
+    """Minimise `loss_of(model, hq, generator)`; afterwards the model, unwrapped, holds the averaged weights."""
+    accelerator = Accelerator()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=stage.warmup_steps, num_training_steps=stage.steps)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(model.parameters(), decay=stage.ema_decay)
+    accelerator.register_for_checkpointing(schedule, ema)
+    checkpoints = Checkpoints(accelerator, Path(config.output_dir) / "checkpoints" / name, total_limit=1)
+    progress = (checkpoints.resume() if config.resume_from_checkpoint else None) or {"step": 0}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = training_batches(
+        photographs.source,
+        BatchSettings(
+            train_batch_size=stage.train_batch_size,
+            resolution=stage.resolution,
+            seed=config.seed,
+            degrade_on="device",  # not at all: only HQ pictures are read
+        ),
+        start=progress["step"] * world,
+        stop=stage.steps * world,
+        rank=rank,
+        world=world,
+        num_workers=config.dataloader_num_workers,
+    )
+    bar = tqdm(total=stage.steps, initial=progress["step"], desc=name, disable=not accelerator.is_local_main_process)
+    for step, batch in enumerate(batches, start=progress["step"] + 1):
+        hq = batch["hq"].to(accelerator.device) * 2 - 1
+        loss = loss_of(wrapped, hq, draws(config.seed, PRETRAINING, batch["index"]))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        bar.update()
+        bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
+        if step % settings.checkpointing_steps == 0 or step == stage.steps:
+            checkpoints.save(step)
+    bar.close()
+    ema.copy_to(model.parameters())
