@@ -8,7 +8,8 @@ import torch
 from tsdsr import describe, load_pipeline
 from tsdsr.imaging import read
 from tsdsr.training.degradation import DegradationConfig, degrade
-from tsdsr.training.embedded import psnr_y, upsample
+from tsdsr.training.embedded import upsample
+from tsdsr.training.validation import psnr_y
 
 
 @pytest.fixture(scope="module")

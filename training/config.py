@@ -230,7 +230,7 @@ class DistillConfig:
         """What differs from the defaults, as a recipe would say it; without secrets."""
         values = {}
         for item in fields(self):
-            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[operator]
             value = getattr(self, item.name)
             if value != default and item.name not in ("hub_token", "recipe", "phases"):
                 values[item.name] = value

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from .checkpointing import Checkpoints
 from .data import DegradedBatches, load_uint8, split_photographs
 from .degradation import degrade
 from .objectives import frequency_l1, gradient_l1
+from .validation import psnr_y
 
 
 @dataclass
@@ -189,13 +191,6 @@ def cosine_schedule(stage: Stage) -> Callable[[int], float]:
     return factor
 
 
-def psnr_y(output: Tensor, target: Tensor) -> float:
-    """PSNR in dB of the luma (BT.601, 16..235) of pictures (B, 3, H, W) in 0..1, averaged over the batch."""
-    weights = output.new_tensor([65.481, 128.553, 24.966]).view(1, 3, 1, 1)
-    output, target = ((image.clamp(0, 1) * weights).sum(1) for image in (output, target))
-    return float((10 * torch.log10(255**2 / (output - target).square().mean((1, 2)))).mean())
-
-
 def upsample(lq: Tensor, scale: int = 4) -> Tensor:
     """Bicubic enlargement to -1..1, as the pipeline does it."""
     return (F.interpolate(lq, scale_factor=scale, mode="bicubic") * 2 - 1).clamp(-1, 1)
@@ -260,7 +255,8 @@ def train_stage(
     accelerator.register_for_checkpointing(schedule)
     ema = EMAModel(model.parameters(), decay=stage.ema_decay)
     accelerator.register_for_checkpointing(ema)
-    discriminator = discriminator_optimizer = None
+    discriminator: Any = None
+    discriminator_optimizer: Any = None
     if stage.adversarial:
         discriminator = PatchDiscriminator()
         discriminator_optimizer = torch.optim.AdamW(

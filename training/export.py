@@ -112,11 +112,9 @@ def _write_lora(networks: Networks, base: Base, folder: Path) -> None:
     component = base.family.component
     found = {component: lora_of(networks.denoiser), "vae": lora_of(networks.codec)}
     loras = {side: lora for side, lora in found.items() if lora is not None}
-    TSDSRPipeline.save_lora_weights(
-        folder,
-        **{f"{side}_lora_layers": layers for side, (layers, _) in loras.items()},
-        **{f"{side}_lora_adapter_metadata": settings.to_dict() for side, (_, settings) in loras.items()},
-    )
+    arguments: dict[str, Any] = {f"{side}_lora_layers": layers for side, (layers, _) in loras.items()}
+    arguments |= {f"{side}_lora_adapter_metadata": settings.to_dict() for side, (_, settings) in loras.items()}
+    TSDSRPipeline.save_lora_weights(folder, **arguments)
     prompt = copy.deepcopy(base.prompt).to("cpu", torch.float32)
     prompt.save_pretrained(folder / "prompt_embeddings")
     if loras.keys() == {"transformer", "vae"}:
@@ -192,7 +190,7 @@ def _write_card(
             f'pipe = TSDSRPipeline.from_pretrained("{shown_base}", prompt_embeddings=prompt)\n'
             f'pipe.load_lora_weights("{title}")'
         )
-    names = "PromptEmbeddings, TSDSRPipeline" if kind == "lora" else "TSDSRPipeline"
+    imported = "PromptEmbeddings, TSDSRPipeline" if kind == "lora" else "TSDSRPipeline"
     trained = "LoRA" if config.train_type == "lora" else "all weights"
     made = "ready pairs" if config.train_lq_dir else "degraded on the fly (second-order Real-ESRGAN)"
     licence_text = (
@@ -218,7 +216,7 @@ One-step diffusion upscaler for photographs, distilled with TSD-SR's method
 
 ```python
 from PIL import Image
-from tsdsr import {names}
+from tsdsr import {imported}
 
 {use}
 pipe(Image.open("photo.jpg"), upscale={config.scale}).images[0].save("photo_x{config.scale}.png")

@@ -43,8 +43,8 @@ class RectifiedFlow:
     """SD3's transformers: they predict the velocity itself."""
 
     component = "transformer"
-    student_targets = lora_targets.STUDENT
-    fake_score_targets = lora_targets.FAKE_SCORE
+    student_targets: tuple[str, ...] = lora_targets.STUDENT
+    fake_score_targets: tuple[str, ...] = lora_targets.FAKE_SCORE
 
     def __init__(self, scheduler: Any, timestep: float = 1000.0):
         self.scheduler, self.timestep = scheduler, timestep
@@ -72,8 +72,8 @@ class Ddpm:
     """SD2's UNets: they predict noise or v in a DDPM's scale. The LQ latents are taken as its most noisy ones."""
 
     component = "unet"
-    student_targets = lora_targets.UNET_STUDENT
-    fake_score_targets = lora_targets.UNET_FAKE_SCORE
+    student_targets: tuple[str, ...] = lora_targets.UNET_STUDENT
+    fake_score_targets: tuple[str, ...] = lora_targets.UNET_FAKE_SCORE
 
     def __init__(self, scheduler: Any, timestep: float = 999.0):
         self.scheduler, self.timestep = scheduler, timestep

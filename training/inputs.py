@@ -56,7 +56,7 @@ def _open(config: DistillConfig) -> Photographs:
         train = Streamed(
             dataset_name=config.dataset_name,
             dataset_config_name=config.dataset_config_name,
-            data_files=config.data_files or None,
+            data_files=list(config.data_files) or None,
             image_column=config.image_column,
             caption_column=config.caption_column,
         )

@@ -16,7 +16,7 @@ from ..imaging import Picture, find_images, write
 from ..pipelines.loading import load_pipeline
 from .data import load_uint8, split_photographs
 from .degradation import degrade
-from .embedded import psnr_y, upsample
+from .validation import bicubic, eight_bit, psnr_y
 
 
 def read_batch(path: Path) -> Tensor:
@@ -45,11 +45,6 @@ def degraded(photographs: list[Path], seed: int) -> Iterator[tuple[str, Tensor, 
         yield path.stem, degrade(hq, generator), hq
 
 
-def eight_bit(images: Tensor) -> Tensor:
-    """What a file would hold: clamped and rounded to 256 levels."""
-    return (images.clamp(0, 1) * 255).round() / 255
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="embedded, or a pipeline folder")
@@ -71,21 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for name, lq, hq in samples:
         result = pipeline(lq, output_type="pt").images.cpu()
-        rows.append(
-            {
-                "name": name,
-                "psnr_y": psnr_y(eight_bit(result), hq),
-                "psnr_y_bicubic": psnr_y(eight_bit(upsample(lq) / 2 + 0.5), hq),
-            }
-        )
-        print("{name}  {psnr_y:.2f} dB  (bicubic {psnr_y_bicubic:.2f} dB)".format(**rows[-1]), flush=True)
+        figures = {
+            "psnr_y": psnr_y(eight_bit(result), hq),
+            "psnr_y_bicubic": psnr_y(eight_bit(bicubic(lq, hq.shape[-2:])), hq),
+        }
+        rows.append((name, figures))
+        print("{}  {psnr_y:.2f} dB  (bicubic {psnr_y_bicubic:.2f} dB)".format(name, **figures), flush=True)
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
             write(Picture(result[0].permute(1, 2, 0).numpy()), args.save / f"{name}.png")
-    average = {key: sum(row[key] for row in rows) / len(rows) for key in ("psnr_y", "psnr_y_bicubic")}
+    average = {key: sum(figures[key] for _, figures in rows) / len(rows) for key in ("psnr_y", "psnr_y_bicubic")}
     print("average of {n}: {psnr_y:.2f} dB  (bicubic {psnr_y_bicubic:.2f} dB)".format(n=len(rows), **average))
     if args.json:
-        args.json.write_text(json.dumps({"average": average, "images": rows}, indent=1), encoding="utf-8")
+        images = [{"name": name, **figures} for name, figures in rows]
+        args.json.write_text(json.dumps({"average": average, "images": images}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,12 @@ def make_metrics(names: list[str], device: torch.device) -> dict[str, Callable[[
                 f"The validation metric {name} cannot be made ({str(error).splitlines()[0]}); psnr_y and ssim_y are "
                 "always there, all others need pip install 'tsdsr[eval]' and their weights."
             ) from error
-        found[name] = lambda output, target, metric=metric: float(metric(output.to(device), target.to(device)).mean())
+        found[name] = partial(_mean_of, metric, device)
     return found
+
+
+def _mean_of(metric: Any, device: torch.device, output: Tensor, target: Tensor) -> float:
+    return float(metric(output.to(device), target.to(device)).mean())
 
 
 def crop_centre(image: Tensor, size: int, multiple: int) -> Tensor:
