@@ -1,6 +1,7 @@
 """The base a student is distilled from: its networks, schedule and prompts, from a diffusers folder or the Hub."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..models.prompt_embeddings import PromptEmbeddings
-from .config import ConfigError, DistillConfig
+from .config import ConfigError, DistillConfig, reason
 from .families import Ddpm, Family, Prompt, RectifiedFlow
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 from .text import load_text_encoder
@@ -34,6 +35,8 @@ PUBLISHED_PROMPT = (
     "maximum detail, 32k, Color Grading, ultra HD, extrememeticulous detailing, skin pore detailing, hyper sharpness, "
     "perfect without deformations."
 )
+# What is compiled, of SD3's transformers and of SD2's UNets; diffusers' compile_repeated_blocks knows the latter only.
+REPEATED_BLOCKS = ("JointTransformerBlock", "BasicTransformerBlock")
 # Names of the published files, without .pt or .safetensors.
 EMBEDDING_FILES = ("prompt_embeds", "pool_embeds")
 
@@ -66,29 +69,36 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
         null_prompt: one that is known already, from prepared photographs.
 
     Raises:
-        ConfigError: if it cannot be found, is of another kind, or has no prompt and none is given.
+        ConfigError: if it cannot be found, is of another kind, has no prompt and none is given, or if resolution,
+            timestep or prompts do not fit it.
     """
     where = {"revision": config.revision}
     try:
         index = DiffusionPipeline.load_config(name, **where)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"The base {name} cannot be loaded ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"The base {name} cannot be loaded ({reason(error)}).") from error
 
     def part(kind: Any, folder: str) -> Any:
         try:
             return kind.from_pretrained(name, subfolder=folder, variant=config.variant, **where)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{folder} of {name} cannot be loaded ({str(error).splitlines()[0]}).") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"{folder} of {name} cannot be loaded ({reason(error)}).") from error
+
+    def schedule_of(kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(name, subfolder="scheduler", **where)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"scheduler of {name} cannot be loaded ({reason(error)}).") from error
 
     classes = {folder: entry[1] for folder, entry in index.items() if isinstance(entry, list | tuple)}
     family: Family
     if classes.get("transformer") == "SD3Transformer2DModel":
         denoiser = part(SD3Transformer2DModel, "transformer")
-        schedule = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler", **where)
+        schedule = schedule_of(FlowMatchEulerDiscreteScheduler)
         family = RectifiedFlow(schedule, **_given(timestep=config.timestep))
     elif classes.get("unet") == "UNet2DConditionModel":
         denoiser = part(UNet2DConditionModel, "unet")
-        schedule = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **where)
+        schedule = schedule_of(DDPMScheduler)
         family = Ddpm(schedule, **_given(timestep=config.timestep))
     else:
         raise ConfigError(
@@ -96,6 +106,7 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
             f"{', '.join(sorted(str(kind) for kind in classes.values() if kind))}); name a base of one of the two."
         )
     vae = part(AutoencoderTiny if classes.get("vae") == "AutoencoderTiny" else AutoencoderKL, "vae")
+    _check_fit(config, name, family, denoiser, vae)
 
     fixed = _embeddings(config.prompt_embeds) if config.prompt_embeds else None
     if config.null_prompt_embeds:
@@ -103,8 +114,11 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
     if fixed is None and not config.prompt and classes.get("prompt_embeddings"):
         saved = part(PromptEmbeddings, "prompt_embeddings")
         fixed = (saved.prompt_embeds.detach(), saved.pooled_prompt_embeds.detach())
-    if fixed is None or null_prompt is None:
-        encode = load_text_encoder(name, config.revision, config.variant)
+    if fixed is None or (null_prompt is None and config.guided()):
+        try:
+            encode = load_text_encoder(name, config.revision, config.variant)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"The text encoders of {name} cannot be loaded ({reason(error)}).") from error
         if encode is not None:
             fixed = fixed or encode([config.prompt or PUBLISHED_PROMPT])
             null_prompt = null_prompt or encode([""])
@@ -113,12 +127,45 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
             f"{name} has no text encoders, so the fixed prompt cannot be made: name a folder with prompt_embeds and "
             "pool_embeds (prompt_embeds), or a base with text encoders."
         )
-    if null_prompt is None and any(phase.uses("tsd") and phase.guidance_scale != 1 for phase in config.phases):
+    if null_prompt is None and config.guided():
         raise ConfigError(
             f"Guidance needs the empty prompt, and {name} has no text encoders to make it: name its embeddings "
             "(null_prompt_embeds), or set guidance_scale 1."
         )
+    for what, prompt in (("fixed", fixed), ("empty", null_prompt)):
+        if prompt is not None:
+            _check_prompt(what, prompt, name, denoiser)
     return Base(family, denoiser, vae, PromptEmbeddings.from_tensors(*fixed), null_prompt)
+
+
+def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, vae: Any) -> None:
+    length, unet = family.scheduler.config.num_train_timesteps, isinstance(family, Ddpm)
+    if not (family.timestep in range(1, length) if unet else 0 < family.timestep <= length):
+        allowed = f"a whole number from 1 to {length - 1}" if unet else f"above 0 and at most {length}"
+        raise ConfigError(f"timestep must be {allowed} for {name}, not {family.timestep:g}.")
+    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    # What one patch covers, or one pixel of the UNet's middle.
+    settings = denoiser.config
+    coarsest = 2 ** (len(settings.block_out_channels) - 1) if unet else settings.patch_size
+    multiple = 2 ** (len(channels) - 1) * coarsest
+    if config.resolution % multiple:
+        raise ConfigError(f"resolution must be a multiple of {multiple} for {name}, not {config.resolution}.")
+
+
+def _check_prompt(what: str, prompt: Prompt, name: str, denoiser: Any) -> None:
+    embeds, pooled = prompt
+    settings = denoiser.config
+    wanted = settings.get("joint_attention_dim") or settings.get("cross_attention_dim")
+    wide = settings.get("pooled_projection_dim")  # a UNet takes no pooled embeddings
+    if embeds.ndim != 3 or len(embeds) != 1 or embeds.shape[-1] != wanted:
+        raise ConfigError(
+            f"The {what} prompt's embeddings must be (1, tokens, {wanted}) for {name}, not {tuple(embeds.shape)}."
+        )
+    if wide and (pooled is None or tuple(pooled.shape) != (1, wide)):
+        raise ConfigError(
+            f"The {what} prompt's pooled embeddings must be (1, {wide}) for {name}, not "
+            f"{None if pooled is None else tuple(pooled.shape)}."
+        )
 
 
 def prompts_of(
@@ -157,10 +204,17 @@ def _embeddings(folder: str) -> Prompt:
             if stem == "prompt_embeds":
                 raise ConfigError(f"{folder} holds no prompt_embeds.safetensors and no prompt_embeds.pt.")
             found.append(None)
-        elif path.suffix == ".pt":
-            found.append(torch.load(path, map_location="cpu", weights_only=True))
-        else:
-            found.append(next(iter(load_file(path).values())))
+            continue
+        try:
+            if path.suffix == ".pt":
+                tensor = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                tensor = next(iter(load_file(path).values()), None)
+        except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path} cannot be read ({reason(error)}).") from error
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(f"{path} holds no tensor.")
+        found.append(tensor)
     assert found[0] is not None
     return found[0], found[1]
 
@@ -204,9 +258,12 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
             if network is not None and network._supports_gradient_checkpointing:
                 network.enable_gradient_checkpointing()
     if config.torch_compile:
+        # A block is compiled anew for each role, with and without gradients, for training's shapes and the pipeline's.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for network in (networks.network, networks.student_network):
-            if network is not None:
-                network.compile_repeated_blocks()
+            for block in network.modules() if network is not None else ():
+                if type(block).__name__ in REPEATED_BLOCKS:
+                    block.compile()
     return networks
 
 
@@ -220,7 +277,7 @@ def load_teacher(base: Base, path: str) -> None:
         weights = load_file(path)
         base.denoiser.load_lora_adapter(weights, prefix=base.family.component, adapter_name=TEACHER)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"teacher_lora {path} cannot be used ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"teacher_lora {path} cannot be used ({reason(error)}).") from error
     if TEACHER not in (getattr(base.denoiser, "peft_config", None) or {}):
         raise ConfigError(f"teacher_lora {path} cannot be used (it holds no keys {base.family.component}.*).")
 

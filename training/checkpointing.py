@@ -22,6 +22,11 @@ _PROGRESS = "progress.json"
 _TRAINED = "trained.safetensors"
 
 
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """A folder that is written beside its place and put there when it is whole; the one before goes then."""
@@ -83,19 +88,17 @@ class Checkpoints:
                 f"The checkpoint of step {step} could not be written to {self.folder} ({error}); {kept}."
             ) from error
         if self.accelerator.is_main_process and self.total_limit is not None:
-            for old in self.all()[: -self.total_limit]:
+            # Of a run that went on from an earlier checkpoint, later ones may be there still: this one is newer.
+            behind = [path for path in self.all() if _step_of(path) <= step]
+            for old in behind[: -self.total_limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
         return final
 
     def all(self) -> list[Path]:
         """Whole checkpoints, by step."""
-        found = {
-            int(match[1]): path
-            for path in (self.folder.iterdir() if self.folder.is_dir() else ())
-            if (match := _NAME.fullmatch(path.name)) and (path / _PROGRESS).is_file()
-        }
-        return [found[step] for step in sorted(found)]
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in folders if _step_of(path) >= 0 and (path / _PROGRESS).is_file()), key=_step_of)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -147,11 +150,18 @@ def save_only_trained(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 class StopRequest:
-    """Whether a SIGTERM came, to any of the processes: they stop after the same step."""
+    """Whether a SIGTERM came, to any of the processes: they stop after the same step.
+
+    Until `close`, a SIGTERM does nothing else.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator, self._here = accelerator, False
-        signal.signal(signal.SIGTERM, self._note)
+        self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def close(self) -> None:
+        """A SIGTERM does what it did before."""
+        signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, *_: Any) -> None:
         self._here = True

@@ -1,6 +1,7 @@
 """Everything a distillation run can be told: flags with diffusers' names, or the keys of a recipe (YAML)."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
@@ -12,9 +13,44 @@ from transformers import HfArgumentParser
 
 from .objectives.tsd import STEP_WEIGHTS
 
+RECIPES = Path(__file__).parent / "recipes"
+# Settings that must be at least 1, and those that must not be negative.
+COUNTS = (
+    "rank",
+    "fake_score_rank",
+    "vae_rank",
+    "resolution",
+    "scale",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "fake_score_updates",
+    "lr_num_cycles",
+    "checkpointing_steps",
+    "logging_steps",
+)
+NOT_NEGATIVE = (
+    "mild_degradation",
+    "dataloader_num_workers",
+    "validation_photographs",
+    "max_validation_images",
+    "seed",
+    "max_train_steps",
+    "learning_rate",
+    "fake_score_learning_rate",
+    "lr_warmup_steps",
+    "adam_epsilon",
+    "adam_weight_decay",
+    "validation_steps",
+)
+
 
 class ConfigError(ValueError):
     """One sentence on what in a recipe or on the command line cannot be used."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, for a sentence that names it; its kind if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def setting(default: Any, text: str, **more: Any) -> Any:
@@ -162,24 +198,18 @@ class DistillConfig:
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(value) for value in allowed if value)
                 raise ConfigError(f"{name} must be one of {names}, not {getattr(self, name)!r}.")
-        for name in (
-            "rank",
-            "fake_score_rank",
-            "vae_rank",
-            "resolution",
-            "scale",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "fake_score_updates",
-            "checkpointing_steps",
-            "logging_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ConfigError(f"checkpoints_total_limit must be at least 1, not {self.checkpoints_total_limit}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay must be from 0 to below 1, not {self.ema_decay}.")
+        _at_least(1, self, COUNTS)
+        _at_least(0, self, NOT_NEGATIVE)
+        _at_least(16, self, ("validation_size",))  # the window of SSIM has 11 pixels
+        if self.checkpoints_total_limit is not None:
+            _at_least(1, self, ("checkpoints_total_limit",))
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}.")
+        if self.max_grad_norm <= 0:
+            raise ConfigError(f"max_grad_norm must be above 0, not {self.max_grad_norm}.")
+        if self.mild_degradation > 1:
+            raise ConfigError(f"mild_degradation must be from 0 to 1, not {self.mild_degradation}.")
         if self.resolution % self.scale:
             raise ConfigError(f"resolution ({self.resolution}) must be a multiple of scale ({self.scale}).")
         if self.output != "merged" and self.train_type == "full":
@@ -192,17 +222,38 @@ class DistillConfig:
                 "Name the photographs by exactly one of train_data_dir, dataset_name and data_files"
                 + (f", not by {' and '.join(sources)}." if sources else ".")
             )
+        if self.train_lq_dir and not self.train_data_dir:
+            raise ConfigError("train_lq_dir holds partners of the photographs in train_data_dir: name that as well.")
+        if self.validation_lq_dir and not self.validation_dir:
+            raise ConfigError("validation_lq_dir holds partners of those in validation_dir: name that as well.")
+        if self.prompt and self.prompt_embeds:
+            raise ConfigError("Give the fixed prompt as text (prompt) or as embeddings (prompt_embeds), not as both.")
         if bool(self.pretrained_model_name_or_path) == bool(self.pretrain):
-            raise ConfigError("Name a base (pretrained_model_name_or_path) or have one trained (pretrain).")
+            raise ConfigError(
+                "Name a base (pretrained_model_name_or_path) or have one trained (pretrain)"
+                + (", not both." if self.pretrain else ".")
+            )
+        if self.pretrain and not self.null_prompt_embeds and self.guided():
+            raise ConfigError(
+                "A base that is trained here (pretrain) has no empty prompt for guidance: set guidance_scale 1."
+            )
+        for phase in self.phases:
+            _at_least(0, phase, ("steps",))
+            _at_least(1, phase, ("dasm_steps", "dasm_spacing"))
         open_ended = [phase.name for phase in self.phases if not phase.steps]
         if not self.max_train_steps:
             if open_ended:
                 raise ConfigError(f"Phase {open_ended[0]!r} has no steps, and max_train_steps is not given.")
             self.max_train_steps = sum(phase.steps for phase in self.phases)
+        if any(not phase.steps for phase in self.phases[:-1]):
+            raise ConfigError(f"Phase {open_ended[0]!r} has no steps, which only the last phase may leave out.")
         for phase in self.phases:
             for name in phase.WEIGHTS:
-                if len(getattr(phase, name)) not in (1, 2):
+                values = getattr(phase, name)
+                if len(values) not in (1, 2):
                     raise ConfigError(f"{name} takes one weight, or two to go from one to the other.")
+                if min(values) < 0:
+                    raise ConfigError(f"{name} must not have a negative weight ({min(values)}).")
             if phase.uses("tsd") and len(phase.step_weights) < phase.dasm_steps:
                 raise ConfigError(
                     f"step_weights must hold {phase.dasm_steps} weights, one for each point (dasm_steps), "
@@ -226,6 +277,10 @@ class DistillConfig:
         """Whether a term counts in any phase."""
         return any(phase.uses(term) for phase in self.phases)
 
+    def guided(self) -> bool:
+        """Whether any phase needs the empty prompt: it guides teacher and fake score."""
+        return any(phase.uses("tsd") and phase.guidance_scale != 1 for phase in self.phases)
+
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as a recipe would say it; without secrets."""
         values = {}
@@ -238,46 +293,63 @@ class DistillConfig:
         return values
 
 
+def _at_least(least: int, settings: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, not {getattr(settings, name)}.")
+
+
 def parse(arguments: Sequence[str] | None = None, description: str = "") -> DistillConfig:
     """A run from flags and a recipe (`--config FILE`); what is typed wins over the recipe, in all of its phases.
+
+    A recipe that ships with the package is found by its name alone, from everywhere: `--config tiny_cpu`.
 
     Raises:
         ConfigError: for settings that cannot be used. Unknown flags end the program as argparse does it.
     """
     typed, recipe = _typed(sys.argv[1:] if arguments is None else arguments, description)
     values = _read(Path(recipe)) if recipe else {}
-    unknown = sorted(set(values) - _names(DistillConfig) - _names(Phase))
-    if unknown:
-        raise ConfigError(f"{recipe} has settings that do not exist: {', '.join(unknown)}.")
+    _check_names(values, _names(DistillConfig) | _names(Phase), f"The recipe {recipe}")
     listed = values.pop("phases", None) or [{}]
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise ConfigError(f"phases in {recipe} must be a list of phases, each with settings and their values.")
     in_all = {name: values.pop(name) for name in list(values) if name in _names(Phase)}
     of_phases = {name: value for name, value in typed.items() if name in _names(Phase)}
     of_run = {name: value for name, value in typed.items() if name not in of_phases}
     phases = []
     for entry in listed:
-        unknown = sorted(set(entry) - _names(Phase))
-        if unknown:
-            raise ConfigError(f"A phase in {recipe} has settings that do not exist: {', '.join(unknown)}.")
+        _check_names(entry, _names(Phase), f"A phase in {recipe}")
         merged = {**in_all, **entry, **of_phases}
         for name in Phase.WEIGHTS:
             if name in merged and not isinstance(merged[name], list):
                 merged[name] = [merged[name]]
-        phases.append(_typed_as(Phase, merged))
-    merged = {**values, **of_run}
-    return _typed_as(DistillConfig, {**merged, "phases": phases, "recipe": Path(recipe).name if recipe else None})
+        phases.append(typed_as(Phase, merged))
+    name = Path(recipe).with_suffix(".yaml").name if recipe else None
+    return typed_as(DistillConfig, {**values, **of_run, "phases": phases, "recipe": name})
 
 
 def _names(kind: type) -> set[str]:
     return {item.name for item in fields(kind)}
 
 
+def _check_names(values: dict[Any, Any], known: set[str], where: str) -> None:
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise ConfigError(f"{where} has settings that do not exist: {', '.join(unknown)}.")
+
+
 def _read(recipe: Path) -> dict[str, Any]:
+    shipped = RECIPES / recipe.with_suffix(".yaml").name
+    if not recipe.exists() and shipped.is_file():
+        recipe = shipped
     try:
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"The recipe {recipe} cannot be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The recipe {recipe} is not YAML ({str(error).splitlines()[0]}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else reason(error)
+        raise ConfigError(f"The recipe {recipe} is not YAML ({where}).") from error
     if not isinstance(values, dict):
         raise ConfigError(f"The recipe {recipe} must hold settings and their values.")
     return values
@@ -286,8 +358,17 @@ def _read(recipe: Path) -> dict[str, Any]:
 def _typed(arguments: Sequence[str], description: str) -> tuple[dict[str, Any], str | None]:
     """The flags that were typed, by name, and the recipe."""
     kinds = [_flags_of(kind) for kind in (DistillConfig, Phase)]
-    parser = HfArgumentParser(kinds, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        kinds,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --pretrain would be --pretrained_model_name_or_path
+    )
     parser.add_argument("--config", help="a recipe: a YAML file with these settings, and phases")
+    for item in (item for kind in kinds for item in fields(kind)):
+        if item.default is False:  # the parser makes a switch to turn off only of what is on by default
+            names = {f"--no_{item.name}", f"--no-{item.name.replace('_', '-')}"}
+            parser.add_argument(*sorted(names), action="store_false", dest=item.name, help=argparse.SUPPRESS)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
@@ -306,8 +387,12 @@ def _flags_of(kind: type) -> type:
     return make_dataclass(kind.__name__, kept)
 
 
-def _typed_as(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass, its values checked against the types of its defaults (YAML reads 1e-5 as a string)."""
+def typed_as(kind: type, values: dict[str, Any], where: str = "") -> Any:
+    """A dataclass from values of a recipe, checked against its types (YAML reads 1e-5 as a string).
+
+    Raises:
+        ConfigError: for a value of another type; `where` says in front of its name where it stands.
+    """
     checked = {}
     for item in fields(kind):
         if item.name not in values:
@@ -316,37 +401,56 @@ def _typed_as(kind: type, values: dict[str, Any]) -> Any:
         try:
             checked[item.name] = _as_type(value, item.type)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{item.name} cannot be {value!r}; it is {_readable(item.type)}.") from error
+            raise ConfigError(f"{where}{item.name} cannot be {value!r}; it is {_readable(item.type)}.") from error
     return kind(**checked)
 
 
 def _as_type(value: Any, kind: Any) -> Any:
-    if kind in ("bool", bool):
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if kind in ("int", int):
-        if isinstance(value, bool) or int(value) != float(value):
-            raise TypeError
-        return int(value)
-    if kind in ("float", float):
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)
+    if value is None and kind in (float | None, int | None, str | None, dict | None):
+        return None
+    if kind is bool:
+        return _instance(value, bool)
+    if kind in (int, int | None):
+        number = _number(value)
+        if not number.is_integer():
+            raise ValueError
+        return int(number)
+    if kind in (float, float | None):
+        return _number(value)
     if kind == list[float]:
-        return [float(one) for one in value]
+        return [_number(one) for one in _instance(value, list)]
     if kind == list[str]:
-        return [str(one) for one in ([value] if isinstance(value, str) else value)]
-    if kind == float | None:
-        return None if value is None else float(value)
-    if kind == int | None:
-        return None if value is None else _as_type(value, int)
+        return [str(one) for one in ([value] if isinstance(value, str) else _instance(value, list))]
     if kind in (str, str | None):
-        if value is not None and not isinstance(value, str):
-            raise TypeError
-        return value
+        return _instance(value, str)
+    if kind in (dict, dict | None):
+        return _instance(value, dict)
     return value
 
 
+def _instance(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 def _readable(kind: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list[float]: "a list of numbers",
+        list[str]: "a list of texts",
+        dict: "a section with settings of its own",
+    }
+    for plain in (int, float, str, dict):
+        words[plain | None] = words[plain]
+    return words[kind]

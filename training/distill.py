@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 
 from .base import build_networks, load_base, prompts_of
 from .checkpointing import Checkpoints, StopRequest, save_only_trained
-from .config import ConfigError, DistillConfig, parse
-from .data import BatchSettings, degrade_batch, training_batches
+from .config import ConfigError, DistillConfig, parse, reason
+from .data import BatchSettings, degrade_batch
 from .draws import FAKE_SCORE as FAKE_SCORE_NOISE
 from .draws import SCORES, draws
 from .export import Hub, export, pipeline_of
 from .families import Prompt, guided_velocity
-from .inputs import open_photographs
+from .inputs import open_photographs, read_batches
 from .losses import Reconstruction, distillation, fake_score_term
 from .networks import FAKE_SCORE, STUDENT, TEACHER
 from .objectives.noise import Velocity
@@ -54,11 +54,16 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         without validation photographs, or if the run was asked to stop before its end.
 
     Raises:
-        ConfigError: for settings, photographs or a base that cannot be used.
+        ConfigError: for settings, photographs, a base or a checkpoint that cannot be used.
         TrainingError: if a loss or gradient is no longer finite.
         OSError: if a checkpoint or result cannot be written.
     """
     output_dir = Path(config.output_dir)
+    if not config.resume_from_checkpoint and any((output_dir / "checkpoints").rglob("progress.json")):
+        raise ConfigError(
+            f"{output_dir} holds checkpoints of another run: go on with it (--resume_from_checkpoint latest), or name "
+            "another output_dir."
+        )
     accelerator = make_accelerator(config)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -80,7 +85,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     # 2. Where the run is
     save_only_trained(accelerator, networks)
     checkpoints = Checkpoints(accelerator, output_dir / "checkpoints", config.checkpoints_total_limit)
-    progress = (checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else None) or {}
+    try:
+        progress = (checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else None) or {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     step = progress.get("step", 0)
     report = Report(config, accelerator, output_dir, step, progress.get("running"))
     report.say(networks.memory())
@@ -96,7 +104,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         degrade_on=config.degrade_on,
     )
     positions = progress.get("positions")
-    batches = training_batches(
+    batches = read_batches(
         photographs.source,
         settings,
         start=step * per_step,
@@ -198,6 +206,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         ) from error
     finally:
         bar.close()
+        stop.close()
     if step < config.max_train_steps:
         report.say(f"Stopped as asked to, after step {step}; --resume_from_checkpoint latest goes on.")
         report.close()
@@ -210,10 +219,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         report.save_results(validation.pairs, results)
         with optimisation.averaged():
             export(networks, base, config, base_name, found, output_dir, photographs.facts)
-        if hub is not None:
-            report.say(f"Uploaded to {hub.upload(output_dir)}")
     accelerator.wait_for_everyone()
     report.finish(found)
+    if hub is not None:
+        report.say(f"Uploaded to {hub.upload(output_dir)}")
     return found
 
 
@@ -234,7 +243,7 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
             kwargs_handlers=[ddp],
         )
     except ValueError as error:
-        raise ConfigError(f"accelerate cannot be set up so ({str(error).splitlines()[0]}).") from error
+        raise ConfigError(f"accelerate cannot be set up so ({reason(error)}).") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise ConfigError(
             f"Training with {accelerator.distributed_type.value} is not supported: student and fake score have an "

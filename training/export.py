@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -23,7 +22,7 @@ from ..models.licences import licence_name, licence_of
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import EMBEDDING_FILES, Base
 from .checkpointing import whole_folder
-from .config import ConfigError, DistillConfig
+from .config import ConfigError, DistillConfig, reason
 from .networks import STUDENT, Networks, SharedBase
 
 LORA_DIR, PIPELINE_DIR = "lora", "pipeline"
@@ -129,9 +128,11 @@ def _write_lora(networks: Networks, base: Base, folder: Path) -> None:
 
 def _commit() -> str:
     """Of the package's repository, where it is one."""
+    root = str(Path(__file__).resolve().parent.parent)
     try:
         found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            # Its own .git and no other: installed, the package may lie inside somebody else's repository.
+            ["git", "-C", root, "--git-dir", ".git", "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
             check=True,
@@ -153,7 +154,7 @@ def _write_card(
 ) -> None:
     local = Path(base_name).exists()
     shown_base = Path(base_name).name if local else base_name
-    licence = licence_of(Path(base_name), dict(base.denoiser.config)) if local else {}
+    licence = licence_of(Path(base_name), dict(base.denoiser.config))
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",
@@ -165,9 +166,17 @@ def _write_card(
     for name in ("train_data_dir", "train_lq_dir", "validation_dir", "validation_lq_dir", "output_dir"):
         if settings.get(name):  # a card travels; the folders of the machine it was made on do not
             settings[name] = Path(settings[name]).name
-    for name in ("pretrained_model_name_or_path", "prompt_embeds", "null_prompt_embeds", "teacher_lora"):
+    for name in (
+        "pretrained_model_name_or_path",
+        "prompt_embeds",
+        "null_prompt_embeds",
+        "teacher_lora",
+        "dataset_name",
+    ):
         if settings.get(name) and Path(settings[name]).exists():
             settings[name] = Path(settings[name]).name
+    if settings.get("data_files"):
+        settings["data_files"] = [Path(file).name if Path(file).is_absolute() else file for file in config.data_files]
     for name in ("resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to"):
         settings.pop(name, None)
     recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -182,13 +191,17 @@ def _write_card(
         heads = " | ".join(name.upper().replace("_", "-") for name in names)
         table = "\n".join([f"| | {heads} |", "|" + " --- |" * (len(names) + 1), *rows])
         table = f"On {facts.get('validation', 'the validation photographs')}:\n\n{table}"
+    place = config.hub_model_id or title
     if kind == "merged":
-        use = f'pipe = TSDSRPipeline.from_pretrained("{title}")'
+        use = f'pipe = TSDSRPipeline.from_pretrained("{place}")'
     else:
+        # Beside a pipeline the LoRA is uploaded as a folder of its repository.
+        inside = "lora/" if config.push_to_hub and config.output == "both" else ""
+        of_lora = f', subfolder="{inside[:-1]}"' if inside else ""
         use = (
-            f'prompt = PromptEmbeddings.from_pretrained("{title}", subfolder="prompt_embeddings")\n'
+            f'prompt = PromptEmbeddings.from_pretrained("{place}", subfolder="{inside}prompt_embeddings")\n'
             f'pipe = TSDSRPipeline.from_pretrained("{shown_base}", prompt_embeddings=prompt)\n'
-            f'pipe.load_lora_weights("{title}")'
+            f'pipe.load_lora_weights("{place}"{of_lora})'
         )
     imported = "PromptEmbeddings, TSDSRPipeline" if kind == "lora" else "TSDSRPipeline"
     trained = "LoRA" if config.train_type == "lora" else "all weights"
@@ -199,6 +212,8 @@ def _write_card(
         else "The licence of the base model applies to these weights as well; see its own card."
     )
     command = ["accelerate", "launch", "-m", "tsdsr.training.distill", "--config", config.recipe or "recipe.yaml"]
+    if config.train_data_dir:
+        command += ["--train_data_dir", "PHOTOGRAPHS"]
     content = f"""---
 {data.to_yaml()}
 ---
@@ -229,7 +244,7 @@ pipe(Image.open("photo.jpg"), upscale={config.scale}).images[0].save("photo_x{co
 ## Training
 
 ```sh
-{shlex.join(command)} --train_data_dir PHOTOGRAPHS --output_dir OUTPUT
+{shlex.join(command)} --output_dir OUTPUT
 ```
 
 The settings, as a recipe:
@@ -264,9 +279,9 @@ class Hub:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         try:
             repo_id = api.create_repo(name, exist_ok=True, private=config.hub_private_repo).repo_id
-        except (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RuntimeError) as error:
+        except Exception as error:  # without a network: those of the HTTP library, another in each huggingface_hub
             raise ConfigError(
-                f"push_to_hub: the repository {name} cannot be made ({str(error).splitlines()[0]}); log in with "
+                f"push_to_hub: the repository {name} cannot be made ({reason(error)}); log in with "
                 "`hf auth login`, check hub_model_id and the network, or train without push_to_hub."
             ) from error
         return cls(api, repo_id, config.output)
@@ -287,9 +302,9 @@ class Hub:
                 self.api.upload_folder(
                     repo_id=self.repo_id, folder_path=output_dir / folder, path_in_repo=place or None
                 )
-        except (OSError, HfHubHTTPError, RuntimeError) as error:
+        except Exception as error:  # as for `prepare`
             raise OSError(
-                f"The result could not be uploaded to {self.repo_id} ({str(error).splitlines()[0]}); it lies in "
+                f"The result could not be uploaded to {self.repo_id} ({reason(error)}); it lies in "
                 f"{output_dir}, and `hf upload` sends it later."
             ) from error
         return f"https://huggingface.co/{self.repo_id}"

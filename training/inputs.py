@@ -1,19 +1,19 @@
 """The photographs a run trains on, and those it is validated on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..imaging import find_images
 from .config import ConfigError, DistillConfig
-from .data import Folder, Pairs, PreparedShards, Streamed, split_photographs
+from .data import BatchSettings, Folder, Pairs, PreparedShards, Streamed, split_photographs, training_batches
+from .data.sources import DATASET_FILE, NULL_PROMPT_FILE
 from .families import Prompt
 from .validation import Pair, validation_pairs
-
-# Files of `tsdsr prepare`.
-PREPARED, NULL_PROMPT = "dataset.json", "null_prompt.safetensors"
 
 
 @dataclass
@@ -33,6 +33,14 @@ class Photographs:
     validation: list[Pair]
     null_prompt: Prompt | None = None
     facts: dict[str, str] = field(default_factory=dict)
+
+
+def read_batches(source: Any, settings: BatchSettings, **where: Any) -> Iterator[dict[str, Any]]:
+    """`data.training_batches`, with what is wrong with the photographs as a `ConfigError`."""
+    try:
+        yield from training_batches(source, settings, **where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def open_photographs(config: DistillConfig) -> Photographs:
@@ -60,20 +68,23 @@ def _open(config: DistillConfig) -> Photographs:
             image_column=config.image_column,
             caption_column=config.caption_column,
         )
-        facts = {"photographs": config.dataset_name or f"{len(config.data_files)} shards, streamed"}
+        name = config.dataset_name
+        if name and Path(name).exists():  # a card travels; the folders of the machine it was made on do not
+            name = Path(name).resolve().name
+        facts = {"photographs": name or f"{len(config.data_files)} shards, streamed"}
     else:
         folder = Path(config.train_data_dir)
         if not folder.is_dir():
             raise ConfigError(f"train_data_dir {folder} is not a folder.")
-        if (folder / PREPARED).is_file():
+        if (folder / DATASET_FILE).is_file():
             train = PreparedShards(folder)
-            if (folder / NULL_PROMPT).is_file():
-                tensors = load_file(folder / NULL_PROMPT)
-                null_prompt = (tensors["prompt_embeds"], tensors.get("pooled_prompt_embeds"))
+            _check_prepared(train, config)
+            if (folder / NULL_PROMPT_FILE).is_file():
+                null_prompt = _null_prompt(folder / NULL_PROMPT_FILE)
         elif config.train_lq_dir:
             train = Pairs(config.train_lq_dir, folder, config.scale)
         else:
-            if config.validation_photographs:
+            if config.validation_photographs and not config.validation_dir:
                 paths, held = split_photographs(folder, config.validation_photographs)
             else:
                 paths = find_images(folder)
@@ -84,6 +95,8 @@ def _open(config: DistillConfig) -> Photographs:
     lq_dir = None
     if config.validation_dir:
         held = find_images(Path(config.validation_dir))
+        if not held:
+            raise ConfigError(f"validation_dir {config.validation_dir} holds no pictures.")
         lq_dir = Path(config.validation_lq_dir) if config.validation_lq_dir else None
         facts["validation"] = f"the folder {Path(config.validation_dir).resolve().name}"
     elif held:
@@ -93,3 +106,32 @@ def _open(config: DistillConfig) -> Photographs:
     held = held[: config.max_validation_images]
     pairs = validation_pairs(held, lq_dir, config.validation_size, config.scale, config.seed)
     return Photographs(train, paths, pairs, null_prompt, facts)
+
+
+def _check_prepared(shards: PreparedShards, config: DistillConfig) -> None:
+    folder = shards.folder
+    if config.train_lq_dir:
+        raise ConfigError(f"{folder} holds prepared shards, which have no partners: leave out train_lq_dir.")
+    if config.pretrain:
+        raise ConfigError(
+            f"{folder} holds latents of another autoencoder than the one that is trained here (pretrain): name the "
+            "photographs themselves."
+        )
+    if config.resolution != shards.resolution:
+        raise ConfigError(
+            f"{folder} was prepared at resolution {shards.resolution}, not {config.resolution}: set resolution to that."
+        )
+    shifted = bool(shards.settings.get("shift_factor"))
+    if shifted != config.use_shift_factor:
+        raise ConfigError(
+            f"The latents in {folder} were prepared {'with' if shifted else 'without'} the shift factor: set "
+            f"use_shift_factor to {str(shifted).lower()}, or prepare them again."
+        )
+
+
+def _null_prompt(path: Path) -> Prompt:
+    try:
+        tensors = load_file(path)
+        return tensors["prompt_embeds"], tensors.get("pooled_prompt_embeds")
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it and run `tsdsr prepare` again.") from error

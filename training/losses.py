@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, DistillConfig, Phase
+from .config import ConfigError, DistillConfig, Phase, reason
 from .objectives import (
     EncoderFeatureDistance,
     dasm_trajectory,
@@ -84,7 +84,7 @@ def lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         metric = pyiqa.create_metric("lpips", as_loss=True, device=device)
     except Exception as error:  # what is raised offline depends on where pyiqa looks
         raise ConfigError(
-            f"The weights of lpips are not here and could not be fetched ({str(error).splitlines()[0]}); run "
+            f"The weights of lpips are not here and could not be fetched ({reason(error)}); run "
             "`python -c \"import pyiqa; pyiqa.create_metric('lpips')\"` once with a network, or use encoder_features, "
             "which needs no download."
         ) from error

@@ -25,6 +25,16 @@ def check_finite(name: str, value: Tensor | float) -> None:
         raise NotFiniteError(f"{name} became {float(value)}")
 
 
+class Average(EMAModel):
+    """diffusers' average of weights, which stays on its device when it is loaded: accelerate reads to the CPU."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved by `state_dict`, on the device of the weights averaged until now."""
+        device = self.shadow_params[0].device
+        super().load_state_dict(state_dict)
+        self.to(device=device)
+
+
 class Optimisation:
     """AdamW, schedule, clipping and average (EMA) as a run's settings ask for them.
 
@@ -59,7 +69,7 @@ class Optimisation:
         }
         self.model, *prepared = accelerator.prepare(networks, *optimizers)
         self._optimizers = dict(zip(self._weights, prepared, strict=True))
-        self._average = EMAModel(self._weights[STUDENT], decay=config.ema_decay) if config.ema_decay else None
+        self._average = Average(self._weights[STUDENT], decay=config.ema_decay) if config.ema_decay else None
         accelerator.register_for_checkpointing(*self._schedules.values())
         if self._average is not None:
             accelerator.register_for_checkpointing(self._average)
@@ -74,7 +84,7 @@ class Optimisation:
                 num_training_steps=config.max_train_steps * updates,
                 num_cycles=config.lr_num_cycles,
             )
-        except ValueError as error:
+        except (AttributeError, ValueError) as error:  # piecewise_constant misses its rules as an attribute
             raise ConfigError(f"lr_scheduler {config.lr_scheduler} cannot be used ({error}).") from error
 
     def step(self, role: str) -> None:

@@ -5,7 +5,7 @@ For recipes that have no published base to begin with; `pretrain` in a recipe ho
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .checkpointing import Checkpoints, whole_folder
-from .config import ConfigError, DistillConfig
-from .data import BatchSettings, training_batches
+from .config import ConfigError, DistillConfig, reason, typed_as
+from .data import BatchSettings
 from .draws import PRETRAINING, draws
 from .embedded import start_as_interpolation
-from .inputs import Photographs
+from .inputs import Photographs, read_batches
 from .objectives import add_noise, gradient_l1, pixel_l1
+from .optimisation import Average
 
 logger = logging.getLogger("tsdsr.training")
 
@@ -58,17 +58,48 @@ class PretrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
-        """Raises a `ConfigError` for settings that are missing or do not exist."""
-        try:
-            stages = {name: Stage(**values[name]) for name in ("autoencoder", "teacher")}
-            return cls(**{**values, **stages})
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"The section pretrain of the recipe cannot be used ({error}).") from error
+        """Raises a `ConfigError` for settings that are missing, do not exist, or cannot be used."""
+        stages = {name: _section(Stage, values.get(name), f"{name}.") for name in ("autoencoder", "teacher")}
+        settings = _section(cls, {**values, **stages}, "")
+        for place, found, names in (
+            ("", settings, ("prompt_tokens", "checkpointing_steps")),
+            *((f"{name}.", stage, ("steps", "train_batch_size", "resolution")) for name, stage in stages.items()),
+        ):
+            for name in names:
+                if getattr(found, name) < 1:
+                    raise ConfigError(f"pretrain.{place}{name} must be at least 1, not {getattr(found, name)}.")
+        return settings
 
 
-def autoencoder_loss(vae: AutoencoderTiny, hq: Tensor, weight: float) -> Tensor:
+def _section(kind: type, values: Any, place: str) -> Any:
+    """A dataclass from a section of the recipe; `place` is what its names begin with."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"pretrain.{place.rstrip('.')} must hold settings and their values, not {values!r}.")
+    known = {item.name: item.default is MISSING and item.default_factory is MISSING for item in fields(kind)}
+    for problem, names in (
+        ("does not exist", [str(name) for name in values if name not in known]),
+        ("is missing", [name for name, needed in known.items() if needed and name not in values]),
+    ):
+        if names:
+            raise ConfigError(f"The setting pretrain.{place}{names[0]} {problem}.")
+    return typed_as(kind, values, f"pretrain.{place}")
+
+
+class RoundTrip(nn.Module):
+    """Pictures (B, 3, H, W) in -1..1 through an autoencoder: DDP passes on calls of `forward` alone."""
+
+    def __init__(self, vae: AutoencoderTiny):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """The pictures as decoded."""
+        return self.vae.decode(self.vae.encode(pictures).latents).sample
+
+
+def autoencoder_loss(round_trip: nn.Module, hq: Tensor, weight: float) -> Tensor:
     """Absolute error of pixels and of their differences, HQ pictures (B, 3, H, W) in -1..1."""
-    output = vae.decode(vae.encode(hq).latents).sample
+    output = round_trip(hq)
     return pixel_l1(output, hq) + weight * gradient_l1(output, hq)
 
 
@@ -107,8 +138,25 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
     try:
         vae = AutoencoderTiny(**settings.vae)
         transformer = SD3Transformer2DModel(**settings.transformer)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"vae or transformer of the section pretrain cannot be built ({error}).") from error
+        scheduler = FlowMatchEulerDiscreteScheduler(**settings.scheduler)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise ConfigError(
+            f"vae, transformer or scheduler of the section pretrain cannot be built ({reason(error)})."
+        ) from error
+    for name in ("in_channels", "out_channels"):
+        if transformer.config[name] not in (vae.config.latent_channels, None):
+            raise ConfigError(
+                f"pretrain.transformer.{name} must be vae.latent_channels, {vae.config.latent_channels}, not "
+                f"{transformer.config[name]}."
+            )
+    latent = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+    for name, stage, multiple in (
+        ("autoencoder", settings.autoencoder, latent),
+        ("teacher", settings.teacher, latent * transformer.config.patch_size),
+    ):
+        hq_only(config, stage.train_batch_size, stage.resolution)
+        if stage.resolution % multiple:
+            raise ConfigError(f"pretrain.{name}.resolution must be a multiple of {multiple}, not {stage.resolution}.")
     start_as_interpolation(vae)
     nn.init.zeros_(transformer.proj_out.weight)
     widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
@@ -119,9 +167,9 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
     def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Tensor:
         return autoencoder_loss(model, hq, settings.gradient_l1)
 
-    train_stage("autoencoder", settings.autoencoder, settings, config, photographs, vae, reconstruct)
+    train_stage("autoencoder", settings.autoencoder, settings, config, photographs, RoundTrip(vae), reconstruct)
     vae.requires_grad_(False).eval()
-    measure_latents(vae, config, photographs)
+    measure_latents(vae, config, photographs, settings.teacher.resolution)
 
     def match(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Tensor:
         device_prompt = (prompt.prompt_embeds.to(hq.device), prompt.pooled_prompt_embeds.to(hq.device))
@@ -135,7 +183,7 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
             TSDSRPipeline(
                 vae=vae.cpu(),
                 transformer=transformer.cpu(),
-                scheduler=FlowMatchEulerDiscreteScheduler(**settings.scheduler),
+                scheduler=scheduler,
                 prompt_embeddings=prompt.cpu(),
                 use_shift_factor=config.use_shift_factor,
             ).save_pretrained(partial)
@@ -149,14 +197,31 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderTiny, config: DistillConfig, photographs: Photographs) -> None:
+def measure_latents(vae: AutoencoderTiny, config: DistillConfig, photographs: Photographs, resolution: int) -> None:
     """Set the autoencoder's scaling (and, where it is used, shift) factor, so that latents have variance 1."""
     device = next(vae.parameters()).device
-    hq_only = BatchSettings(train_batch_size=16, resolution=128, seed=config.seed, degrade_on="device")
-    batch = next(training_batches(photographs.source, hq_only, stop=1))
+    batch = next(read_batches(photographs.source, hq_only(config, 16, resolution), stop=1))
     latents = vae.encode(batch["hq"].to(device) * 2 - 1).latents
     shift = float(latents.mean()) if config.use_shift_factor else 0.0
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / float((latents - shift).square().mean().sqrt()))
+
+
+def hq_only(config: DistillConfig, train_batch_size: int, resolution: int) -> BatchSettings:
+    """Settings of batches of which only the HQ pictures are used.
+
+    Raises:
+        ConfigError: for a resolution that is no multiple of the scale.
+    """
+    try:
+        return BatchSettings(
+            train_batch_size=train_batch_size,
+            resolution=resolution,
+            scale=config.scale,
+            seed=config.seed,
+            degrade_on="device",  # not at all
+        )
+    except ValueError as error:
+        raise ConfigError(f"The section pretrain cannot be used ({error}).") from error
 
 
 def train_stage(
@@ -173,19 +238,14 @@ def train_stage(
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=stage.warmup_steps, num_training_steps=stage.steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(model.parameters(), decay=stage.ema_decay)
+    ema = Average(model.parameters(), decay=stage.ema_decay)
     accelerator.register_for_checkpointing(schedule, ema)
     checkpoints = Checkpoints(accelerator, Path(config.output_dir) / "checkpoints" / name, total_limit=1)
     progress = (checkpoints.resume() if config.resume_from_checkpoint else None) or {"step": 0}
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = training_batches(
+    batches = read_batches(
         photographs.source,
-        BatchSettings(
-            train_batch_size=stage.train_batch_size,
-            resolution=stage.resolution,
-            seed=config.seed,
-            degrade_on="device",  # not at all: only HQ pictures are read
-        ),
+        hq_only(config, stage.train_batch_size, stage.resolution),
         start=progress["step"] * world,
         stop=stage.steps * world,
         rank=rank,

@@ -69,6 +69,8 @@ class Report:
                 accelerator.init_trackers(config.tracker_project_name, config=values)
             except (ImportError, ValueError) as error:
                 raise ConfigError(f"report_to {config.report_to} cannot be used ({error}).") from error
+            if config.report_to != "all" and not accelerator.log_with:  # accelerate leaves it out without a word
+                raise ConfigError(f"report_to {config.report_to} needs that package: pip install {config.report_to}.")
 
     def _forget_after(self, step: int) -> None:
         """Lines of steps that will be done again go; so does a line that a kill cut off."""

@@ -16,7 +16,8 @@ TextEncoder = Callable[[list[str]], Prompt]
 def load_text_encoder(
     name: str, revision: str | None = None, variant: str | None = None, device: torch.device | str = "cpu"
 ) -> TextEncoder | None:
-    """A function from captions to their embeddings (B, tokens, width) and, for SD3, pooled ones (B, pooled width).
+    """A function from captions to their embeddings (B, tokens, width) and, for SD3, pooled ones (B, pooled width);
+    float32.
 
     Args:
         name: diffusers folder or Hub id of an SD3 or SD2 base.
@@ -33,7 +34,8 @@ def load_text_encoder(
     where: dict[str, Any] = {"revision": revision}
     if "unet" in present:
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **where)
-        encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", variant=variant, **where).to(device)
+        encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", variant=variant, **where)
+        encoder.to(device, torch.float32)
 
         @torch.no_grad()
         def encode_sd2(captions: list[str]) -> Prompt:
@@ -47,8 +49,8 @@ def load_text_encoder(
             return encoder(tokens.to(device))[0], None
 
         return encode_sd2
-    kinds = {part: entry for part, entry in index.items() if part.startswith(("text_encoder", "tokenizer"))}
-    absent: dict[str, Any] = {part: None for part, entry in kinds.items() if not (entry and entry[0])}
+    parts = {f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")}
+    absent: dict[str, Any] = dict.fromkeys(parts - present)
     # Without T5 its tokens are zeros as wide as the transformer asks for; of that only the config is needed.
     transformer = None
     if "text_encoder_3" not in present:

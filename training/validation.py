@@ -1,5 +1,6 @@
 """How good a student is on photographs it never saw, measured on what the pipeline itself makes."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..imaging import Picture, find_images, write
-from .config import ConfigError
+from .config import ConfigError, reason
 from .data import load_uint8
 from .degradation import DegradationConfig, degrade
 
@@ -69,6 +70,10 @@ def make_metrics(names: list[str], device: torch.device) -> dict[str, Callable[[
     found: dict[str, Callable[[Tensor, Tensor], float]] = {}
     for name in names:
         if name in own:
+            if name == "ssim_y" and importlib.util.find_spec("skimage") is None:
+                raise ConfigError(
+                    "The validation metric ssim_y needs scikit-image: pip install 'tsdsr[train]', or measure psnr_y."
+                )
             found[name] = own[name]
             continue
         try:
@@ -77,8 +82,8 @@ def make_metrics(names: list[str], device: torch.device) -> dict[str, Callable[[
             metric = pyiqa.create_metric(name, device=device)
         except Exception as error:  # of the import, of an unknown name, of weights that cannot be fetched
             raise ConfigError(
-                f"The validation metric {name} cannot be made ({str(error).splitlines()[0]}); psnr_y and ssim_y are "
-                "always there, all others need pip install 'tsdsr[eval]' and their weights."
+                f"The validation metric {name} cannot be made ({reason(error)}); psnr_y and ssim_y "
+                "need no download, all others need pip install 'tsdsr[eval]' and their weights."
             ) from error
         found[name] = partial(_mean_of, metric, device)
     return found
@@ -96,10 +101,11 @@ def crop_centre(image: Tensor, size: int, multiple: int) -> Tensor:
 
 
 def validation_pairs(paths: list[Path], lq_dir: Path | None, size: int, scale: int, seed: int) -> list[Pair]:
-    """Sharp photographs with their partners, or with the degradation drawn from `seed`: always the same ones.
+    """Sharp photographs with their partners, or their centres with the degradation drawn from `seed`: always the same.
 
     Raises:
-        ConfigError: if a photograph has no partner in `lq_dir`, or is smaller than one LQ pixel.
+        ConfigError: if a photograph has no partner in `lq_dir`, one of another size than `scale` asks for, or is
+            smaller than one LQ pixel.
     """
     partners = {path.stem: path for path in find_images(lq_dir)} if lq_dir else {}
     pairs = []
@@ -109,6 +115,12 @@ def validation_pairs(paths: list[Path], lq_dir: Path | None, size: int, scale: i
             if path.stem not in partners:
                 raise ConfigError(f"{lq_dir} holds no picture named {path.stem}, but {path.parent} does.")
             lq = load_uint8(partners[path.stem])[None].float() / 255
+            height, width = lq.shape[-2:]
+            if hq.shape[1:] != (scale * height, scale * width):
+                raise ConfigError(
+                    f"{path} is {hq.shape[2]}x{hq.shape[1]} pixels and its partner {width}x{height}; it must be "
+                    f"{scale} times as large (scale)."
+                )
             pairs.append((path.stem, lq, hq[None].float() / 255))
             continue
         hq = crop_centre(hq, size, scale)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tsdsr.training.checkpointing import Checkpoints
+from tsdsr.training.checkpointing import Checkpoints, StopRequest
 
 
 class Run:
@@ -108,3 +108,26 @@ def test_a_kill_while_saving_leaves_the_last_one(tmp_path):
     run.step()
     run.checkpoints.save(2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_later_checkpoints_of_another_way_do_not_push_out_the_newest(tmp_path):
+    """A run that went on from an earlier checkpoint: what it saves is kept, however far the way before had come."""
+    run = Run(tmp_path)
+    for step in (2, 4, 8):
+        run.step()
+        run.checkpoints.save(step)
+    again = Run(tmp_path, total_limit=1)
+    again.checkpoints.resume(tmp_path / "checkpoint-4")
+    again.step()
+    again.checkpoints.save(5)
+    assert [path.name for path in again.checkpoints.all()] == ["checkpoint-5", "checkpoint-8"]
+
+
+def test_a_stop_is_asked_for_once_and_only_while_it_is_listened_to():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopRequest(Accelerator(cpu=True))
+    assert not stop.requested()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.requested()
+    stop.close()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tsdsr import TSDSRPipeline
 from tsdsr.imaging import read
 from tsdsr.training import distill as module
+from tsdsr.training.config import ConfigError
 from tsdsr.training.distill import TrainingError, distill
 
 
@@ -171,6 +172,19 @@ def test_a_full_disk_stops_the_run(arguments, tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().err.splitlines()[-1]
     assert "step 4 could not be written" in message and "No space left" in message and "checkpoint-2" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_a_run_does_not_begin_over_another(whole, config):
+    """Without being told to go on: its checkpoints, and what comes of them, would be mixed up."""
+    before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
+    with pytest.raises(ConfigError, match="holds checkpoints of another run: go on with it"):
+        distill(config(whole[0], learning_rate=1e-4))
+    assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")} == before
+
+
+def test_the_process_can_be_ended_afterwards(whole):
+    """Only the loop listens for SIGTERM itself."""
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # --- what comes out
@@ -385,6 +399,27 @@ def test_corrupt_pictures_are_named(photographs, config, tmp_path, caplog):
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])
     assert last["skipped"] >= 1
     assert "p_000" in caplog.text and "could not be read and were skipped" in caplog.text
+
+
+def test_a_failed_upload_leaves_everything_written(config, tmp_path, monkeypatch):
+    class Api:
+        def create_repo(self, name, **_):
+            return type("Repository", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **_):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("tsdsr.training.export.HfApi", lambda token: Api())
+    with pytest.raises(OSError, match=r"could not be uploaded to me/run \(no route\); it lies in"):
+        distill(config(tmp_path / "run", push_to_hub=True, max_train_steps=1))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["student"]
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file() and (tmp_path / "run" / "lora").is_dir()
+
+
+def test_a_tracker_that_is_not_installed_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.warns(UserWarning, match="no supported trackers"), pytest.raises(ConfigError, match="install wandb"):
+        distill(config(tmp_path, report_to="wandb", validation_photographs=0))
 
 
 def test_tensorboard(config, tmp_path):

@@ -15,10 +15,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -316,34 +314,8 @@ def test_a_damaged_shard(run):
     assert source[9].hq_latents is not None
 
 
-@pytest.fixture(scope="session")
-def clip_tokenizer():
-    """A tokenizer that knows letters."""
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(vocabulary)}, merges=[], model_max_length=8
-    )
-
-
-def clip_config(**more):
-    return CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        **more,
-    )
-
-
 @pytest.fixture
-def sd2(models_of, tmp_path, clip_tokenizer):
+def sd2(models_of, tmp_path, clip_tokenizer, clip_config):
     """SD2's layout, as far as it is looked at: VAE and one text encoder."""
     folder = tmp_path / "sd2"
     AutoencoderTiny.from_pretrained(models_of("tiny"), subfolder="vae").save_pretrained(folder / "vae")
@@ -362,7 +334,7 @@ def sd2(models_of, tmp_path, clip_tokenizer):
 
 
 @pytest.fixture
-def sd3(models_of, tmp_path, clip_tokenizer):
+def sd3(models_of, tmp_path, clip_tokenizer, clip_config):
     """SD3's three text encoders."""
     folder = tmp_path / "sd3"
     AutoencoderKL.from_pretrained(models_of("kl"), subfolder="vae").save_pretrained(folder / "vae")

@@ -1,0 +1,253 @@
+"""The student's losses: which are made, what they weigh, and which way they point."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from tsdsr.training.config import ConfigError, DistillConfig, Phase
+from tsdsr.training.losses import PIXEL_TERMS, Reconstruction, distillation, fake_score_term, lpips
+from tsdsr.training.objectives import (
+    EncoderFeatureDistance,
+    dasm_trajectory,
+    frequency_l1,
+    gradient_l1,
+    latent_mse,
+    noise_levels,
+    pixel_l1,
+    tsd_gradient,
+    tsd_loss,
+)
+
+CPU = torch.device("cpu")
+SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def settings(**terms):
+    phase = Phase(**{"latent_mse": [0.0], "tsd": [0.0], **{name: [weight] for name, weight in terms.items()}})
+    return DistillConfig(
+        pretrained_model_name_or_path="base", train_data_dir="x", max_train_steps=1, phases=[phase]
+    ), phase
+
+
+@pytest.fixture
+def vae(make_pipeline):
+    return make_pipeline("kl").vae
+
+
+@pytest.fixture
+def inputs():
+    """Latents, those of HQ, a decoder and the HQ picture."""
+    latents = torch.randn(2, 3, 8, 8, generator=generator(1), requires_grad=True)
+    return latents, torch.randn(2, 3, 8, 8, generator=generator(2)), torch.randn(2, 3, 16, 16, generator=generator(3))
+
+
+def double(latents):
+    return torch.nn.functional.interpolate(latents, scale_factor=2)
+
+
+def test_terms_are_those_that_are_asked_for(vae, inputs):
+    latents, hq_latents, hq = inputs
+    config, phase = settings(latent_mse=1, pixel_l1=1, gradient_l1=1, frequency_l1=1, encoder_features=1)
+    terms = Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, double, hq)
+    output = double(latents)
+    expected = {
+        "latent_mse": latent_mse(latents, hq_latents),
+        "pixel_l1": pixel_l1(output, hq),
+        "gradient_l1": gradient_l1(output, hq),
+        "frequency_l1": frequency_l1(output, hq),
+        "encoder_features": EncoderFeatureDistance(vae)(output, hq),
+    }
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+    assert len({float(value.detach()) for value in terms.values()}) == 5
+
+
+def test_networks_of_terms_are_made_only_where_they_count(vae, monkeypatch):
+    monkeypatch.setattr("tsdsr.training.losses.lpips", lambda device: pytest.fail("LPIPS was made"))
+    monkeypatch.setattr("tsdsr.training.losses.EncoderFeatureDistance", lambda vae: pytest.fail("features were made"))
+    Reconstruction(settings(latent_mse=1, pixel_l1=1)[0], vae, CPU)
+    monkeypatch.setattr("tsdsr.training.losses.lpips", lambda device: lambda output, target: (output - target).sum())
+    config, phase = settings(lpips=2)
+    picture = torch.ones(1, 3, 4, 4)
+    found = Reconstruction(config, vae, CPU)(phase.weights(0), picture, picture, lambda z: 3 * z, picture)
+    assert found.keys() == {"lpips"} and found["lpips"] == 2 * 48
+
+
+def test_pictures_are_decoded_once_and_only_for_terms_that_look_at_them(vae, inputs):
+    latents, hq_latents, hq = inputs
+    decoded = []
+
+    def decode(latents):
+        decoded.append(1)
+        return double(latents)
+
+    config, phase = settings(latent_mse=1)
+    Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, decode, hq)
+    assert not decoded
+    config, phase = settings(pixel_l1=1, gradient_l1=1)
+    terms = Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, decode, hq)
+    assert len(decoded) == 1 and terms.keys() == {"pixel_l1", "gradient_l1"}
+
+
+@pytest.mark.parametrize("name", ["latent_mse", *(name for name in PIXEL_TERMS if name != "lpips")])
+def test_every_term_moves_the_latents(vae, inputs, name):
+    """A small step against its gradient makes it smaller, and nothing flows into the VAE or the targets."""
+    latents, hq_latents, hq = inputs
+    config, phase = settings(**{name: 1})
+    reconstruction = Reconstruction(config, vae, CPU)
+
+    def value(at):
+        return reconstruction(phase.weights(0), at, hq_latents, double, hq)[name]
+
+    before = value(latents)
+    before.backward()
+    assert latents.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert value(latents - 1e-2 * latents.grad / latents.grad.norm()) < before
+    assert all(weight.grad is None for weight in vae.parameters())
+
+
+def test_lpips_without_pyiqa(monkeypatch, vae):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    with pytest.raises(ConfigError, match=r"lpips needs pyiqa.*pip install 'tsdsr\[eval\]', or use encoder_features"):
+        Reconstruction(settings(lpips=1)[0], vae, CPU)
+
+
+def test_lpips_without_its_weights(monkeypatch):
+    def create_metric(name, **_):
+        raise TimeoutError
+
+    monkeypatch.setitem(sys.modules, "pyiqa", type(sys)("pyiqa"))
+    sys.modules["pyiqa"].create_metric = create_metric
+    with pytest.raises(ConfigError, match=r"could not be fetched \(TimeoutError\)"):
+        lpips(CPU)
+
+
+def test_lpips_sees_pictures_in_0_1(monkeypatch):
+    class Metric(torch.nn.Module):
+        def forward(self, output, target):
+            assert output.min() == 0 and output.max() == 1 and target.min() == 0.25
+            return (output - target).flatten(1).mean(1)
+
+    made = []
+    monkeypatch.setitem(sys.modules, "pyiqa", type(sys)("pyiqa"))
+    sys.modules["pyiqa"].create_metric = lambda name, **more: made.append((name, more)) or Metric()
+    output, target = torch.tensor([-2.0, 2.0]).view(2, 1, 1, 1), torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1)
+    assert float(lpips(CPU)(output, target)) == 0.0
+    assert made == [("lpips", {"as_loss": True, "device": CPU})]
+
+
+# --- score distillation
+
+
+def towards(clean):
+    """The velocity of a network that is sure of the clean latents: z = sigma * noise + (1 - sigma) * clean."""
+    return lambda z, sigma: (z - clean) / sigma.view(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(3, 4, 4, 4, generator=generator(4)), torch.randn(3, 4, 4, 4, generator=generator(5))
+
+
+def curved(scale):
+    return lambda z, sigma: torch.tanh(scale * z) + sigma.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"dasm_steps": 2, "dasm_spacing": 20},
+        {"dasm_steps": 1, "dasm_jitter": False},
+        {"vsd_weight": 0.2, "step_weights": [0.1, 0.2, 0.5, 0.9]},
+    ],
+)
+@pytest.mark.parametrize("scheduler", [SCHEDULER, DDPMScheduler()], ids=["flow", "ddpm"])
+def test_distillation_is_the_objective_with_its_draws(latents, more, scheduler):
+    """The trajectory is drawn first, then the noise; the phase says how many points, their weights and lambda."""
+    student, hq = latents
+    student = student.requires_grad_(True)
+    phase = Phase(**more)
+    loss = distillation(phase, scheduler, student, hq, curved(1.0), curved(0.3), generator())
+    (ours,) = torch.autograd.grad(loss, student)
+
+    draws = generator()
+    jitter = more.get("dasm_jitter", True)
+    steps, spacing = more.get("dasm_steps", 4), more.get("dasm_spacing", 50)
+    sigmas = dasm_trajectory(scheduler, 3, steps, spacing, jitter, generator=draws)
+    noise = torch.randn(student.shape, generator=draws)
+    weights = more.get("step_weights", (1.0, 0.3, 0.3, 0.3))
+    lam = more.get("vsd_weight", 0.7)
+    expected = tsd_gradient(student.detach(), hq, noise, sigmas, curved(1.0), curved(0.3), lam, weights)
+    torch.testing.assert_close(loss, tsd_loss(student, expected.gradient), rtol=0, atol=0)
+    # Over the number of elements, not of samples.
+    torch.testing.assert_close(ours, expected.gradient / student.numel())
+    mixed = lam * expected.vsd + (1 - lam) * expected.tsm
+    torch.testing.assert_close(expected.gradient, mixed)
+    assert ours.abs().sum() > 0
+
+
+def test_following_it_moves_the_latents_towards_the_teachers_idea(latents):
+    """VSD: psi holds that the clean latents are +1, phi that they are -1; a step downhill goes to +1."""
+    student, hq = latents
+    student = student.requires_grad_(True)
+    one = torch.ones_like(student)
+    loss = distillation(Phase(vsd_weight=1.0), SCHEDULER, student, hq, towards(one), towards(-one), generator())
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert (gradient < 0).all()
+    moved = student - 1e-3 * gradient / gradient.norm()
+    assert ((moved - one).abs().mean() < (student - one).abs().mean()) or (student > 1).any()
+    assert ((moved - student) > 0).all()
+
+
+def test_the_fake_score_alone_decides_nothing_where_lambda_is_0(latents):
+    """TSM compares the teacher's two predictions; phi only leads from one level to the next."""
+    student, hq = latents
+    phase = Phase(vsd_weight=0.0, dasm_steps=1)
+    losses = [
+        distillation(phase, SCHEDULER, student, hq, curved(1.0), curved(scale), generator()) for scale in (0.1, 2.0)
+    ]
+    assert losses[0] == losses[1] > 0
+    same = distillation(phase, SCHEDULER, hq, hq, curved(1.0), curved(0.1), generator())
+    assert same == 0
+
+
+def test_the_fake_score_learns_to_denoise_the_students_latents():
+    """Equation 9 by hand, with the index, the weight and the noise that the generator gives in this order."""
+    clean = torch.randn(3, 2, 4, 4, generator=generator(6), requires_grad=True)
+    weight = torch.tensor(0.3, requires_grad=True)
+    seen = []
+
+    def phi(z, sigma):
+        seen.append((z, sigma))
+        return weight * z
+
+    loss = fake_score_term(SCHEDULER, clean, phi, generator(7))
+    draws = generator(7)
+    indices = torch.randint(50, 950, (3,), generator=draws)
+    m = torch.randn(3, generator=draws).sigmoid()
+    noise = torch.randn(clean.shape, generator=draws)
+    sigma = noise_levels(SCHEDULER)[indices]
+    level = sigma.view(3, 1, 1, 1)
+    noisy = level * noise + (1 - level) * clean.detach()
+    each = (noisy - level * 0.3 * noisy - clean.detach()).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.detach(), (0.5 * m * each).mean())
+    ((z, given),) = seen
+    torch.testing.assert_close(z, noisy)
+    assert torch.equal(given, sigma) and len(set(sigma.tolist())) == 3
+    loss.backward()
+    assert weight.grad != 0 and clean.grad is None
+
+
+def test_a_perfect_fake_score_has_no_loss():
+    clean = torch.randn(2, 2, 4, 4, generator=generator(8))
+    assert fake_score_term(SCHEDULER, clean, towards(clean), generator()) < 1e-10
+    assert fake_score_term(SCHEDULER, clean, towards(-clean), generator()) > 0.1

@@ -1,0 +1,227 @@
+"""A base from nothing but photographs."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tsdsr import TSDSRPipeline
+from tsdsr.training import pretrain as module
+from tsdsr.training.config import ConfigError, parse
+from tsdsr.training.data import BatchSettings
+from tsdsr.training.inputs import open_photographs, read_batches
+from tsdsr.training.pretrain import PretrainConfig, flow_matching_loss, pretrain
+
+SECTION = {
+    "vae": {
+        "encoder_block_out_channels": [8, 8, 8],
+        "decoder_block_out_channels": [8, 8, 8],
+        "num_encoder_blocks": [0, 0, 1],
+        "num_decoder_blocks": [1, 0, 0],
+        "latent_channels": 4,
+    },
+    "transformer": {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 16,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 16,
+    },
+    "autoencoder": {"steps": 6, "learning_rate": "1e-3", "train_batch_size": 2, "resolution": 32, "warmup_steps": 1},
+    "teacher": {"steps": 6, "learning_rate": 1e-3, "train_batch_size": 2, "resolution": 32, "warmup_steps": 1},
+    "checkpointing_steps": 2,
+}
+
+
+@pytest.fixture
+def settings(photographs, tmp_path):
+    """A function that parses a recipe with SECTION, some of it changed."""
+
+    def make(name="run", section=SECTION, **flags):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"pretrain": section, "guidance_scale": 1, "max_train_steps": 1}))
+        words = ["--config", str(recipe), "--train_data_dir", str(photographs), "--resolution", "32"]
+        words += ["--output_dir", str(tmp_path / name)]
+        for flag, value in flags.items():
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        return parse(words)
+
+    return make
+
+
+def run(config):
+    return pretrain(config, open_photographs(config))
+
+
+def weights(folder):
+    return {
+        part: load_file(f"{folder}/{part}/diffusion_pytorch_model.safetensors")
+        for part in ("vae", "transformer", "prompt_embeddings")
+    }
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for part in ours:
+        assert [name for name in ours[part] if not torch.equal(ours[part][name], theirs[part][name])] == []
+
+
+@pytest.mark.parametrize("use_shift_factor", [False, True])
+def test_both_stages_make_a_base(settings, photographs, use_shift_factor):
+    config = settings(**({"use_shift_factor": True} if use_shift_factor else {}))
+    folder = run(config)
+    pipeline = TSDSRPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.config.use_shift_factor is use_shift_factor and pipeline.scheduler.config.shift == 3.0
+    assert pipeline.prompt_embeddings.prompt_embeds.shape == (1, 4, 12)
+    assert pipeline(torch.rand(1, 3, 8, 8), process_size=0, output_type="pt").images.shape == (1, 3, 32, 32)
+    # The zeroed last layer and the interpolation that both began as have moved.
+    assert pipeline.transformer.proj_out.weight.abs().sum() > 0
+    source = open_photographs(config).source
+    (batch,) = read_batches(source, BatchSettings(train_batch_size=32, resolution=32, seed=9), stop=1)
+    vae = pipeline.vae
+    assert (vae.config.shift_factor != 0) == use_shift_factor
+    with torch.no_grad():
+        latents = (vae.encode(batch["hq"] * 2 - 1).latents - vae.config.shift_factor) * vae.config.scaling_factor
+    assert float(latents.square().mean()) == pytest.approx(1, abs=0.2)
+    assert abs(float(latents.mean())) < 0.2 or not use_shift_factor
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "teacher"])
+def test_a_stage_that_is_killed_and_resumed_follows_the_unbroken_run(settings, monkeypatch, stage, tmp_path):
+    whole = run(settings("whole"))
+    name = {"autoencoder": "autoencoder_loss", "teacher": "flow_matching_loss"}[stage]
+    real, calls = getattr(module, name), []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 4:  # after the checkpoint of step 2
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, name, dying)
+        run(settings("again"))
+    assert not (tmp_path / "again" / "base").exists()
+    left = tmp_path / "again" / "checkpoints" / stage
+    assert [path.name for path in left.iterdir()] == ["checkpoint-2"]
+    again = run(settings("again", resume_from_checkpoint="latest"))
+    assert_equal(weights(again), weights(whole))
+
+
+def test_a_base_that_is_whole_is_taken(settings, tmp_path, monkeypatch):
+    folder = run(settings())
+    before = weights(folder)
+    monkeypatch.setattr(module, "train_stage", lambda *_: pytest.fail("it was trained again"))
+    assert run(settings(resume_from_checkpoint="latest")) == folder
+    assert_equal(weights(folder), before)
+
+
+def test_what_is_averaged_is_written(settings, tmp_path):
+    """With a decay of 0 the average is the last weights, which the checkpoint of the last step holds."""
+    section = copy.deepcopy(SECTION)
+    section["teacher"] |= {"ema_decay": 0.0}
+    folder = run(settings("plain", section))
+    last = load_file(tmp_path / "plain" / "checkpoints" / "teacher" / "checkpoint-6" / "model.safetensors")
+    ours = weights(folder)["transformer"]
+    assert all(torch.equal(last[name], ours[name]) for name in ours)
+    folder = run(settings("averaged"))
+    last = load_file(tmp_path / "averaged" / "checkpoints" / "teacher" / "checkpoint-6" / "model.safetensors")
+    assert not torch.equal(last["proj_out.weight"], weights(folder)["transformer"]["proj_out.weight"])
+
+
+def test_pairs_of_another_scale(settings, photographs, tmp_path):
+    """The small pictures are not looked at, but pairs are checked for their size."""
+    partners = tmp_path / "partners"
+    shutil.copytree(photographs, partners)
+    section = copy.deepcopy(SECTION)
+    for stage in ("autoencoder", "teacher"):
+        section[stage]["steps"] = 1
+    assert run(settings("run", section, train_lq_dir=partners, scale=1)).endswith("base")
+
+
+def test_flow_matching_is_the_formula():
+    """mean( (v - (noise - z))^2 ) at sigmoid levels; the network is asked at 1000 sigma."""
+    latents = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    seen = {}
+
+    def network(**arguments):
+        seen.update(arguments)
+        return (0.5 * arguments["hidden_states"],)
+
+    prompt = torch.ones(1, 2, 5), torch.ones(1, 6)
+    loss = flow_matching_loss(network, prompt, latents, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(latents.shape, generator=generator)
+    sigma = torch.randn(3, generator=generator).sigmoid()
+    level = sigma.view(3, 1, 1, 1)
+    noisy = level * noise + (1 - level) * latents
+    torch.testing.assert_close(loss, (0.5 * noisy - noise + latents).square().mean())
+    torch.testing.assert_close(seen["hidden_states"], noisy)
+    torch.testing.assert_close(seen["timestep"], 1000 * sigma)
+    assert seen["encoder_hidden_states"].shape == (3, 2, 5) and seen["pooled_projections"].shape == (3, 6)
+
+
+def test_only_forward_is_called_on_what_ddp_wraps():
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *arguments):
+            return self.module(*arguments)
+
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(**SECTION["vae"])
+    pictures = torch.rand(1, 3, 16, 16) * 2 - 1
+    loss = module.autoencoder_loss(Wrapped(module.RoundTrip(vae)), pictures, 0.5)
+    output = vae.decode(vae.encode(pictures).latents).sample
+    difference = output - pictures
+    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    torch.testing.assert_close(loss, difference.abs().mean() + 0.5 * edges)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("autoencoder",), None, "pretrain.autoencoder must hold settings and their values, not None."),
+        (("autoencoder", "steps"), None, "The setting pretrain.autoencoder.steps is missing."),
+        (("vae",), None, "The setting pretrain.vae is missing."),
+        (("autoencoder", "stps"), 3, "The setting pretrain.autoencoder.stps does not exist."),
+        (("vea",), {}, "The setting pretrain.vea does not exist."),
+        (("teacher", "learning_rate"), "fast", "pretrain.teacher.learning_rate cannot be 'fast'; it is a number."),
+        (("teacher", "steps"), 0, "pretrain.teacher.steps must be at least 1, not 0."),
+        (("prompt_tokens",), 0, "pretrain.prompt_tokens must be at least 1, not 0."),
+        (("vae", "nonsense"), 1, "vae, transformer or scheduler of the section pretrain cannot be built"),
+        (("scheduler",), {"nonsense": 1}, "vae, transformer or scheduler of the section pretrain cannot be built"),
+        (("transformer", "in_channels"), 8, "pretrain.transformer.in_channels must be vae.latent_channels, 4, not 8."),
+        (("teacher", "resolution"), 30, "resolution must be a multiple of the scale 4, not 30."),
+        (("teacher", "resolution"), 36, "pretrain.teacher.resolution must be a multiple of 8, not 36."),
+    ],
+)
+def test_sections_that_cannot_be_used(settings, monkeypatch, place, value, message):
+    """Before anything is trained."""
+    section = copy.deepcopy(SECTION)
+    inner = section if len(place) == 1 else section[place[0]]
+    inner[place[-1]] = value
+    if value is None:
+        del inner[place[-1]]
+    monkeypatch.setattr(module.Accelerator, "backward", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ConfigError) as refused:
+        run(settings("run", section))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_numbers_are_read_as_numbers():
+    settings = PretrainConfig.from_dict(SECTION)
+    assert settings.autoencoder.learning_rate == 1e-3 and settings.gradient_l1 == 0.5 and settings.prompt_tokens == 4
