@@ -324,8 +324,8 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Dist
             if name in merged and not isinstance(merged[name], list):
                 merged[name] = [merged[name]]
         phases.append(typed_as(Phase, merged))
-    name = Path(recipe).with_suffix(".yaml").name if recipe else None
-    return typed_as(DistillConfig, {**values, **of_run, "phases": phases, "recipe": name})
+    file_name = Path(recipe).with_suffix(".yaml").name if recipe else None
+    return typed_as(DistillConfig, {**values, **of_run, "phases": phases, "recipe": file_name})
 
 
 def _names(kind: type) -> set[str]:
@@ -442,7 +442,7 @@ def _number(value: Any) -> float:
 
 
 def _readable(kind: Any) -> str:
-    words = {
+    words: dict[Any, str] = {
         bool: "true or false",
         int: "a whole number",
         float: "a number",

@@ -184,5 +184,14 @@ def test_what_is_trained_begins_as_the_base_in_float32(config, tmp_path, load):
         assert not any(w.any() for name, w in weights.items() if "lora_B" in name)
         assert part.network.peft_config[role].lora_alpha == rank
     assert not any("decoder" in name for name in networks.codec.named_parameters(STUDENT))
+    full = build_networks(load(), config(tmp_path, train_type="full", vae_encoder="full"), torch.bfloat16)
+    plain = load()
+    for ours, network in ((full.denoiser, plain.denoiser), (full.codec, plain.vae)):
+        weights = ours.named_parameters(STUDENT)
+        expected = dict(network.named_parameters())
+        assert weights and all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        assert ours.network is not ours.own_student
+    assert {name.split(".")[0] for name in full.codec.named_parameters(STUDENT)} == {"encoder"}
+    assert full.student_vae.decoder is full.vae.decoder
     assert networks.shift == 0.0 and networks.scaling == 1.5
     assert build_networks(load(), config(tmp_path, use_shift_factor=True), torch.float32).shift == 0.06

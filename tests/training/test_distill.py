@@ -1,5 +1,6 @@
 """The trainer: it learns, it can be stopped at any moment, and what it writes is what it measured."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,13 +12,20 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tsdsr import TSDSRPipeline
 from tsdsr.imaging import read
 from tsdsr.training import distill as module
 from tsdsr.training.config import ConfigError
+from tsdsr.training.data import BatchSettings
 from tsdsr.training.distill import TrainingError, distill
+from tsdsr.training.families import RectifiedFlow
+from tsdsr.training.inputs import open_photographs, read_batches
+from tsdsr.training.losses import Reconstruction
+from tsdsr.training.networks import STUDENT, Networks
+from tsdsr.training.validation import bicubic
 
 
 def trained(output_dir, step):
@@ -155,8 +163,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_stops_the_run(arguments, tmp_path, capsys, monkeypatch):
-    from accelerate import Accelerator
-
     real, calls = Accelerator.save_state, []
 
     def full(self, folder):
@@ -356,6 +362,97 @@ def test_switches_change_what_they_say(config, tmp_path):
     assert "latent_mse" not in pixels
 
 
+def test_what_a_step_puts_where(config, tmp_path, monkeypatch, base_folder):
+    """Teacher: the base, for good. Fake score: it follows, on the student's latents. Pictures go in as -1..1."""
+    batches, distilled, followed, pictures, reconstructed, passed = [], [], [], [], [], []
+    real = {name: getattr(module, name) for name in ("read_batches", "distillation", "fake_score_term")}
+    real_forward, real_losses, real_backward = Networks.forward, Reconstruction.__call__, Accelerator.backward
+    z, sigma = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.full((1,), 0.5)
+
+    def read_batches(*arguments, **more):
+        for batch in real["read_batches"](*arguments, **more):
+            batches.append(batch)
+            yield batch
+
+    def distillation(phase, scheduler, latents, hq_latents, teacher, fake, generator):
+        with torch.no_grad():
+            distilled.append((latents.detach(), hq_latents, teacher(z, sigma), fake(z, sigma)))
+        return real["distillation"](phase, scheduler, latents, hq_latents, teacher, fake, generator)
+
+    def fake_score_term(scheduler, latents, predict, generator):
+        followed.append((latents, generator.initial_seed()))
+        return real["fake_score_term"](scheduler, latents, predict, generator)
+
+    def forward(self, role, inputs, *arguments, **more):
+        if role == STUDENT:
+            pictures.append(inputs)
+        return real_forward(self, role, inputs, *arguments, **more)
+
+    def losses(self, weights, latents, hq_latents, decode, hq):
+        found = real_losses(self, weights, latents, hq_latents, decode, hq)
+        reconstructed.append((hq, weights, found["latent_mse"].detach()))
+        return found
+
+    def backward(self, loss):
+        passed.append(loss.detach())
+        return real_backward(self, loss)
+
+    for name, spy in (("read_batches", read_batches), ("distillation", distillation)):
+        monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(module, "fake_score_term", fake_score_term)
+    monkeypatch.setattr(Networks, "forward", forward)
+    monkeypatch.setattr(Reconstruction, "__call__", losses)
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    more = {"vsd_weight": 0.0, "tsd": [1.0, 3.0], "latent_mse": 5, "fake_score_updates": 2, "output": "lora"}
+    distill(config(tmp_path, **more, max_train_steps=3, validation_photographs=0))
+
+    base = TSDSRPipeline.from_pretrained(base_folder, local_files_only=True)
+    prompt = base.prompt_embeddings.prompt_embeds, base.prompt_embeddings.pooled_prompt_embeds
+    with torch.no_grad():
+        expected = RectifiedFlow(base.scheduler).velocity(base.transformer, prompt)(z, sigma)
+    for _, _, teacher, _ in distilled:
+        torch.testing.assert_close(teacher, expected, rtol=1e-4, atol=1e-5)
+    fakes = [fake for _, _, _, fake in distilled]
+    torch.testing.assert_close(fakes[0], expected, rtol=1e-4, atol=1e-5)
+    assert (fakes[1] - expected).abs().max() > 1e-4 < (fakes[2] - fakes[1]).abs().max()
+
+    assert len(batches) == len(distilled) == len(pictures) == 3 and len(followed) == 6 and len(passed) == 9
+    for step, (batch, (latents, hq_latents, _, _)) in enumerate(zip(batches, distilled, strict=True)):
+        hq = batch["hq"] * 2 - 1
+        torch.testing.assert_close(pictures[step], bicubic(batch["lq"], (32, 32)) * 2 - 1)
+        torch.testing.assert_close(reconstructed[step][0], hq)
+        with torch.no_grad():
+            torch.testing.assert_close(hq_latents, base.vae.encode(hq).latent_dist.mode() * 1.5, rtol=1e-4, atol=1e-4)
+        updates = followed[2 * step : 2 * step + 2]
+        assert all(torch.equal(found, latents) for found, _ in updates) and updates[0][1] != updates[1][1]
+        _, weights, mse = reconstructed[step]
+        assert weights == {"latent_mse": 5.0, "tsd": 1.0 + step}
+        line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[step])
+        assert float(passed[3 * step]) == pytest.approx(5 * float(mse) + weights["tsd"] * line["tsd"], rel=1e-4)
+
+
+def test_accumulated_micro_batches_count_as_their_mean(config, tmp_path, monkeypatch):
+    """What is clipped is no longer than with one micro-batch of the same pictures."""
+    norms = []
+    real = Accelerator.clip_grad_norm_
+
+    def clip(self, weights, most):
+        norms.append(float(real(self, weights, most)))
+        return torch.tensor(norms[-1])
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    same = {"train_batch_size": 1, "max_train_steps": 1, "validation_photographs": 0, "output": "lora", "tsd": 0}
+    monkeypatch.setattr(module, "read_batches", lambda source, settings, **_: itertools.repeat(first))
+    (first,) = itertools.islice(read_batches(*source_of(config(tmp_path, **same)), stop=1), 1)
+    for accumulation in (1, 3):
+        distill(config(tmp_path / str(accumulation), **same, gradient_accumulation_steps=accumulation))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def source_of(settings):
+    return open_photographs(settings).source, BatchSettings(train_batch_size=1, resolution=settings.resolution)
+
+
 def test_two_updates_of_the_fake_score_move_it_further(config, tmp_path):
     for updates in (1, 2):
         distill(config(tmp_path / str(updates), fake_score_updates=updates, max_train_steps=1, checkpointing_steps=1))
@@ -374,14 +471,20 @@ def test_learning_rates_are_separate(config, tmp_path):
     assert any(weights[name].any() for name in weights if ".student." in name and "lora_B" in name)
 
 
-def test_the_average_is_what_is_written(config, tmp_path):
-    distill(config(tmp_path, ema_decay=0.9, output="lora"))
+def test_the_average_is_what_is_measured_and_written(config, tmp_path):
+    distill(config(tmp_path, ema_decay=0.9, learning_rate=1e-2))
     written = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     raw = trained(tmp_path, 4)
     name = "transformer_blocks.0.attn.to_q.lora_B"
     ours = written[f"transformer.{name}.weight"]
     last = raw[f"network.{name}.student.weight"]
     assert ours.abs().sum() > 0 and not torch.allclose(ours, last, rtol=1e-3, atol=0)
+    pipeline = TSDSRPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    final = tmp_path / "validation" / "final"
+    lq, measured = read(final / "p_0000_00_lq.png").rgb, read(final / "p_0000_00.png").rgb
+    result = pipeline(lq, process_size=0, color_fix="none", output_type="np").images[0]
+    assert np.abs(result - measured).max() <= 0.51 / 255
 
 
 def test_images_on_the_device(whole, config, tmp_path):

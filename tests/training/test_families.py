@@ -29,12 +29,14 @@ def case(make_pipeline, name):
     return ddpm(name), make_pipeline("kl", network="unet").unet
 
 
+@pytest.mark.parametrize("timestep", [None, 800])
 @pytest.mark.parametrize("name", ["flow", "epsilon", "v_prediction"])
-def test_the_students_step_is_the_pipelines(make_pipeline, name, prompt):
+def test_the_students_step_is_the_pipelines(make_pipeline, name, prompt, timestep):
     family, network = case(make_pipeline, name)
+    family.timestep = timestep or family.timestep
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     kind = "transformer" if name == "flow" else "unet"
-    pipeline = make_pipeline("kl", network=kind, scheduler=family.scheduler)
+    pipeline = make_pipeline("kl", network=kind, scheduler=family.scheduler, timestep=timestep)
     embeds = pipeline.prompt_embeddings.prompt_embeds, pipeline.prompt_embeddings.pooled_prompt_embeds
     latents = pipeline(torch.zeros(2, 3, 16, 16), upscale=1, process_size=0, output_type="latent", latents=z).images
     with torch.no_grad():
