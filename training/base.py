@@ -143,6 +143,8 @@ def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, 
     if not (family.timestep in range(1, length) if unet else 0 < family.timestep <= length):
         allowed = f"a whole number from 1 to {length - 1}" if unet else f"above 0 and at most {length}"
         raise ConfigError(f"timestep must be {allowed} for {name}, not {family.timestep:g}.")
+    if config.vae_encoder == "lora" and not hasattr(vae, "add_adapter"):
+        raise ConfigError(f"{type(vae).__name__}, the VAE of {name}, takes no LoRA: set vae_encoder to full or frozen.")
     channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
     # What one patch covers, or one pixel of the UNet's middle.
     settings = denoiser.config

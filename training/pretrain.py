@@ -131,6 +131,8 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
         OSError: if a checkpoint or the result cannot be written.
     """
     settings = PretrainConfig.from_dict(config.pretrain or {})
+    if config.vae_encoder == "lora":
+        raise ConfigError("AutoencoderTiny, which pretrain trains, takes no LoRA: set vae_encoder to full or frozen.")
     folder = Path(config.output_dir) / "base"
     if config.resume_from_checkpoint and (folder / "model_index.json").is_file():
         return str(folder)

@@ -101,6 +101,13 @@ def test_what_does_not_fit_is_one_sentence(load, unet_folder, embeddings, unet, 
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_tiny_autoencoder_takes_no_lora(load, make_pipeline, tmp_path):
+    make_pipeline("tiny").save_pretrained(tmp_path / "tiny")
+    assert load(tmp_path / "tiny", vae_encoder="frozen") and load(tmp_path / "tiny", vae_encoder="full")
+    with pytest.raises(ConfigError, match=r"^AutoencoderTiny, the VAE of .*, takes no LoRA"):
+        load(tmp_path / "tiny")
+
+
 def test_a_broken_base_is_one_sentence(load, base_folder, tmp_path):
     for part in ("transformer", "vae", "scheduler"):
         folder = tmp_path / part

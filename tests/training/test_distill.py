@@ -449,6 +449,19 @@ def test_accumulated_micro_batches_count_as_their_mean(config, tmp_path, monkeyp
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
+def test_every_micro_batch_has_draws_of_its_own(config, tmp_path, monkeypatch):
+    real, seeds = module.distillation, []
+
+    def distillation(*arguments):
+        seeds.append(arguments[-1].initial_seed())
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "distillation", distillation)
+    same = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "validation_photographs": 0, "output": "lora"}
+    distill(config(tmp_path, **same))
+    assert len(seeds) == len(set(seeds)) == 4
+
+
 def source_of(settings):
     return open_photographs(settings).source, BatchSettings(train_batch_size=1, resolution=settings.resolution)
 

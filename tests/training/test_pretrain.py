@@ -51,7 +51,7 @@ def settings(photographs, tmp_path):
         recipe.write_text(yaml.safe_dump({"pretrain": section, "guidance_scale": 1, "max_train_steps": 1}))
         words = ["--config", str(recipe), "--train_data_dir", str(photographs), "--resolution", "32"]
         words += ["--output_dir", str(tmp_path / name)]
-        for flag, value in flags.items():
+        for flag, value in {"vae_encoder": "full", **flags}.items():
             words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
         return parse(words)
 
@@ -220,6 +220,11 @@ def test_sections_that_cannot_be_used(settings, monkeypatch, place, value, messa
     with pytest.raises(ConfigError) as refused:
         run(settings("run", section))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_lora_of_its_encoder_is_refused_before_it_is_trained(settings):
+    with pytest.raises(ConfigError, match=r"takes no LoRA: set vae_encoder to full or frozen\."):
+        run(settings(vae_encoder="lora"))
 
 
 def test_numbers_are_read_as_numbers():

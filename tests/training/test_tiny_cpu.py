@@ -22,11 +22,12 @@ def run(photographs, tmp_path_factory):
         values["pretrain"][stage] |= {"steps": 12, "train_batch_size": 4, "resolution": 32}
     values["pretrain"]["transformer"]["num_layers"] = 1
     values["pretrain"]["vae"]["num_encoder_blocks"] = [0, 0, 1]
-    for phase, steps in zip(values["phases"], (16, 3), strict=True):
+    for phase, steps in zip(values["phases"], (48, 3), strict=True):
         phase["steps"] = steps
     values |= {"resolution": 32, "train_batch_size": 4, "dataloader_num_workers": 0, "lr_warmup_steps": 2}
-    values |= {"validation_photographs": 2, "validation_size": 64, "checkpointing_steps": 16, "validation_steps": 16}
+    values |= {"validation_photographs": 2, "validation_size": 64, "checkpointing_steps": 48, "validation_steps": 48}
     values |= {"ema_decay": 0.5, "logging_steps": 1, "learning_rate": 3e-3}
+    values["lr_scheduler"] = "constant_with_warmup"
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     flags = ["--config", str(recipe), "--train_data_dir", str(photographs), "--output_dir", str(folder / "run")]
@@ -43,7 +44,7 @@ def test_both_phases_ran_with_their_own_losses(run):
     phases = {
         name: [line for line in lines if line.get("phase") == name] for name in ("reconstruction", "distillation")
     }
-    assert [len(found) for found in phases.values()] == [16, 3]
+    assert [len(found) for found in phases.values()] == [48, 3]
     assert all("latent_mse" in line and "encoder_features" not in line for line in phases["reconstruction"])
     assert all("latent_mse" not in line and "encoder_features" in line for line in phases["distillation"])
 
