@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -24,6 +25,15 @@ def _fresh_accelerate():
     """What accelerate remembers of the process's settings ends with a test."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes that tests start: sums of several threads differ from those of one in the last digit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
