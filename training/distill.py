@@ -133,7 +133,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
         return call
 
-    def backward(role: str, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
+    def backward(terms: dict[str, Tensor], weights: dict[str, float]) -> None:
         for name, term in terms.items():
             check_finite(f"The loss {name}", term.detach())
         accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
@@ -171,7 +171,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
                         teacher, fake = (velocity(role, prompt, phase.guidance_scale) for role in (TEACHER, FAKE_SCORE))
                         generator = draws(config.seed, SCORES, index)
                         terms["tsd"] = distillation(phase, scheduler, latents, hq_latents, teacher, fake, generator)
-                    backward(STUDENT, terms, weights)
+                    backward(terms, weights)
                 made.append((index, latents.detach(), prompt))
             optimisation.step(STUDENT)
 
@@ -183,7 +183,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
                         generator = draws(config.seed, FAKE_SCORE_NOISE, index, update)
                         predict = partial(model, FAKE_SCORE, prompt=prompt)
                         terms = {"fake_score": fake_score_term(scheduler, latents, predict, generator)}
-                        backward(FAKE_SCORE, terms, {"fake_score": 1.0})
+                        backward(terms, {"fake_score": 1.0})
                 optimisation.step(FAKE_SCORE)
 
             step += 1
