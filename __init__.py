@@ -13,28 +13,36 @@ if TYPE_CHECKING:
     from .models.prompt_embeddings import PromptEmbeddings
     from .pipelines.loading import load_pipeline
     from .pipelines.lora import TSDSRLoraLoaderMixin
+    from .pipelines.modular import TSDSRBlocks, TSDSRModularPipeline
     from .pipelines.pipeline_tsdsr import TSDSRPipeline, TSDSRPipelineOutput
+    from .pipelines.text import embed_prompt
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PromptEmbeddings",
+    "TSDSRBlocks",
     "TSDSRLoraLoaderMixin",
+    "TSDSRModularPipeline",
     "TSDSRPipeline",
     "TSDSRPipelineOutput",
     "__version__",
     "convert_tsdsr",
     "describe",
+    "embed_prompt",
     "load_pipeline",
 ]
 
 _MODULE_OF = {
     "PromptEmbeddings": ".models.prompt_embeddings",
+    "TSDSRBlocks": ".pipelines.modular",
     "TSDSRLoraLoaderMixin": ".pipelines.lora",
+    "TSDSRModularPipeline": ".pipelines.modular",
     "TSDSRPipeline": ".pipelines.pipeline_tsdsr",
     "TSDSRPipelineOutput": ".pipelines.pipeline_tsdsr",
     "convert_tsdsr": ".checkpoints.convert",
     "describe": ".checkpoints.info",
+    "embed_prompt": ".pipelines.text",
     "load_pipeline": ".pipelines.loading",
 }
 

@@ -7,20 +7,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..models.errors import CheckpointError
+    from ..models.headers import read_header
+    from ..models.single_file import holds
     from .assemble import assemble_tsdsr
     from .convert import convert_tsdsr
-    from .errors import CheckpointError
     from .info import describe
 
-__all__ = ["CheckpointError", "assemble_tsdsr", "convert_tsdsr", "describe"]
+__all__ = ["CheckpointError", "assemble_tsdsr", "convert_tsdsr", "describe", "holds", "read_header"]
 
-_HOMES = {"CheckpointError": "errors", "assemble_tsdsr": "assemble", "convert_tsdsr": "convert", "describe": "info"}
+_HOMES = {
+    "CheckpointError": "..models.errors",
+    "assemble_tsdsr": ".assemble",
+    "convert_tsdsr": ".convert",
+    "describe": ".info",
+    "holds": "..models.single_file",
+    "read_header": "..models.headers",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

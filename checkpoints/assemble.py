@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 
+from ..models import single_file
+from ..models.errors import CheckpointError
 from ..models.prompt_embeddings import PromptEmbeddings
-from . import single_file
 from .convert import check_embeddings, check_loras, load_lora, lora_delta
-from .errors import CheckpointError
 
 ADAPTER = "tsdsr"
 
@@ -64,7 +64,7 @@ def assemble_tsdsr(
                 weight.data = (weight.data.float() + lora_delta(*pair)).to(dtype)
     pipeline = TSDSRPipeline(
         **networks,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=single_file.make_scheduler(),
         prompt_embeddings=PromptEmbeddings.from_tensors(*(tensor.to(dtype) for tensor in prompt)),
     )
     if not merge_lora:

@@ -18,9 +18,19 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..models.errors import CheckpointError
+from ..models.headers import (
+    FLOAT_TYPES,
+    Header,
+    dtypes_of,
+    read_component_header,
+    read_header,
+    read_json,
+    require_real_content,
+)
+from ..models.licences import known_base, licence_of
 from ..models.prompt_embeddings import PromptEmbeddings
-from .errors import CheckpointError
-from .headers import FLOAT_TYPES, Header, dtypes_of, read_component_header, read_header, read_json, require_real_content
+from ..pipelines import model_card
 from .layout import (
     EMBEDDING_FILES,
     LORA_FILES,
@@ -30,7 +40,6 @@ from .layout import (
     find_embedding,
     parse_lora,
 )
-from .model_card import write_model_card
 
 _DTYPES = {
     "float32": torch.float32,
@@ -127,7 +136,22 @@ def convert_tsdsr(
         pipeline.save_pretrained(folder)
         if keep_lora:
             _save_lora(folder / LORA_WEIGHT_NAME_SAFE, deltas, ranks, target)
-        write_model_card(folder, output.name, base, components["transformer"].config, ranks, keep_lora)
+        config = components["transformer"].config
+        kept = model_card.LORA_BESIDE if keep_lora else ", merged into the weights in float32"
+        model_card.write_card(
+            folder,
+            output.name,
+            f"One-step diffusion upscaler for photographs: TSD-SR ({model_card.PAPER}, CVPR 2025) as\n"
+            "a diffusers pipeline.",
+            [
+                # Of the base's folder only the name, never its place.
+                model_card.base_fact(known_base(config), base.name),
+                model_card.lora_fact(ranks, kept),
+                model_card.PROMPT_FACT,
+            ],
+            model_card.usage(output.name, lora=keep_lora),
+            model_card.front_matter(licence_of(base, config), known_base(config)),
+        )
     return output
 
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import CheckpointError
-from .headers import (
+from ..models.errors import CheckpointError
+from ..models.headers import (
     Header,
     dtypes_of,
     foreign_content,
@@ -15,8 +15,8 @@ from .headers import (
     read_json,
     require_real_content,
 )
+from ..models.licences import licence_name, licence_of
 from .layout import EMBEDDING_FILES, EMBEDDING_SUFFIXES, LORA_FILES, LoraFile, parse_lora
-from .model_card import licence_name, licence_of
 
 EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models import lora_targets
-from .errors import CheckpointError
-from .headers import FLOAT_TYPES, Header, Tensor
+from ..models.errors import CheckpointError
+from ..models.headers import FLOAT_TYPES, Header, Tensor
 
 LORA_FILES = {"transformer": "transformer.safetensors", "vae": "vae.safetensors"}
 EMBEDDING_FILES = {"prompt_embeds": "prompt_embeds", "pooled_prompt_embeds": "pool_embeds"}

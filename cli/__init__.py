@@ -1,12 +1,13 @@
 """The `tsdsr` command. Each module holds one command: it parses, calls one function and prints."""
 
+import logging
 import os
 from typing import Annotated
 
 import typer
 
 from .. import __version__
-from . import convert, info, prepare, upscale
+from . import convert, embed, info, prepare, push, upscale
 
 app = typer.Typer(
     name="tsdsr",
@@ -21,6 +22,8 @@ app.command("upscale")(upscale.upscale)
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("prepare")(prepare.prepare)
+app.command("embed")(embed.embed)
+app.command("push")(push.push)
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,4 +46,7 @@ def main() -> None:
     # Read when these libraries are first imported: their remarks are for programmers, what matters is raised.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    # torchao, where it is installed, speaks on import of what it lacks and of what torch has since deprecated.
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     app()

@@ -77,6 +77,10 @@ def upscale(
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="NAME", help="`embedded`, a pipeline folder, or a Hub id.")
     ] = "embedded",
+    prompt_embeddings: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Another prompt than the model's own, as `tsdsr embed` writes it."),
+    ] = None,
     upscale: Annotated[
         float | None, typer.Option("--upscale", "-s", help="Factor, 1 or more; may be a fraction.")
     ] = None,
@@ -103,7 +107,7 @@ def upscale(
     """Upscale pictures. Options left out have the defaults of the pipeline."""
     settings = Settings(
         model=model,
-        loading=_given(dtype=_value(dtype), device=device),
+        loading=_given(prompt_embeddings=prompt_embeddings, dtype=_value(dtype), device=device),
         calling=_given(
             upscale=upscale,
             color_fix=_value(color_fix),

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..checkpoints.errors import CheckpointError
-from ..checkpoints.headers import read_header
+from ..checkpoints import CheckpointError, read_header
 from ..checkpoints.layout import EMBEDDING_FILES, EMBEDDING_SUFFIXES, LORA_FILES
 
 EMBEDDED = "embedded"
@@ -234,8 +233,8 @@ def _first(side: str, names: list[str]) -> Path | str:
 
 
 def _contents(path: Path) -> set[str]:
-    from ..checkpoints import single_file
+    from ..checkpoints import holds  # imports diffusers
 
     if path.is_dir():
         return {side for side in ("transformer", "vae") if (path / side / "config.json").is_file()}
-    return single_file.holds(read_header(path))
+    return holds(read_header(path))

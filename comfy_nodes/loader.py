@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ..checkpoints.errors import CheckpointError
+from ..checkpoints import CheckpointError
 from . import files
 from .download import hub_folder, local_folder
 from .schema import CATEGORY, Model, advanced
@@ -227,7 +227,7 @@ def _load_lora(
     lora: Path, base_model: str, vae: str, dtype: Any, merge: bool
 ) -> tuple["TSDSRPipeline", dict[str, object]]:
     from ..checkpoints import assemble_tsdsr, describe
-    from ..checkpoints.model_card import licence_name, licence_of
+    from ..checkpoints.info import licence_name, licence_of
 
     base, vae_path, embeddings = files.parts(lora, base_model, vae)
     pipeline = assemble_tsdsr(base, vae_path, lora, embeddings, dtype=dtype, merge_lora=merge)

@@ -1,7 +1,5 @@
 """The fixed prompt of a one-step model, kept as a saved component so that no text encoder is needed."""
 
-import sys
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -61,8 +59,6 @@ class PromptEmbeddings(ModelMixin, ConfigMixin):
         return self.prompt_embeds.expand(batch_size, -1, -1), self.pooled_prompt_embeds.expand(batch_size, -1)
 
 
-# A saved pipeline names this class by its module (model_index.json), and loading imports that module. The name must be
-# the same whatever the package was imported as, and must lead here: as a folder among ComfyUI's custom nodes the
-# package has another name, and a `tsdsr` installed beside it must not be loaded for this one class.
-PromptEmbeddings.__module__ = "tsdsr.models.prompt_embeddings"
-sys.modules.setdefault(PromptEmbeddings.__module__, sys.modules[__name__])
+# What a saved pipeline names as the library of this class (model_index.json), whatever name this package was imported
+# under: as a folder among ComfyUI's custom nodes it has another. The pipeline's module registers it with diffusers.
+PromptEmbeddings.__module__ = "tsdsr"

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..models.prompt_embeddings import PromptEmbeddings
 from .pipeline_tsdsr import TSDSRPipeline
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
@@ -30,18 +32,26 @@ def choose_device(device: str = "auto") -> torch.device:
     return chosen
 
 
-def load_pipeline(model: str | Path = "embedded", *, dtype: str | None = None, device: str = "auto") -> TSDSRPipeline:
+def load_pipeline(
+    model: str | Path = "embedded",
+    *,
+    prompt_embeddings: str | Path | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> TSDSRPipeline:
     """A pipeline on its device.
 
     Args:
         model: "embedded" for the model that ships with the package, a pipeline folder, or a Hub id. A LoRA file
             beside `model_index.json` is loaded too.
+        prompt_embeddings: folder of a saved `PromptEmbeddings` (`tsdsr embed` writes one) in place of the model's own.
         dtype: "fp32", "fp16", "bf16", or "auto" (also None): fp32 on a CPU, else bf16 where the device computes in
             it, else fp16.
         device: "auto", or a torch device such as "cpu", "cuda:1", "mps".
 
     Raises:
-        ValueError: for an unknown dtype, an absent device, or a folder that is not a pipeline.
+        ValueError: for an unknown dtype, an absent device, a folder that is not a pipeline, or a prompt that is none or
+            of other widths than the model's.
         OSError: for a Hub id that cannot be found or reached.
     """
     target = choose_device(device)
@@ -57,22 +67,67 @@ def load_pipeline(model: str | Path = "embedded", *, dtype: str | None = None, d
     else:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}.")
 
-    source = EMBEDDED if model == "embedded" else Path(model)
-    local = source.exists()
-    if local and not (source / "model_index.json").is_file():
-        raise ValueError(
-            f"{source} is not a pipeline folder (it has no model_index.json); `tsdsr convert` makes one of published"
-            " weights."
+    name, local = find_model(model)
+    components = {}
+    if prompt_embeddings is not None:
+        if not holds_prompt(prompt_embeddings):
+            raise ValueError(f"{prompt_embeddings} holds no prompt embeddings; `tsdsr embed` makes such a folder.")
+        components["prompt_embeddings"] = PromptEmbeddings.from_pretrained(
+            prompt_embeddings, dtype=chosen, local_files_only=True
         )
-    if not local and (model == "embedded" or Path(model).is_absolute() or str(model).startswith((".", "~"))):
-        raise ValueError(f"The model folder {source} does not exist; check the path or use --model embedded.")
-    if not local and not _is_hub_id(str(model)):
-        raise ValueError(f"{str(model)!r} is neither a folder nor a Hub id of the form owner/name.")
-    pipeline = TSDSRPipeline.from_pretrained(str(source) if local else str(model), dtype=chosen, local_files_only=local)
-    if local and (source / LORA_FILE).is_file():
-        pipeline.load_lora_weights(str(source), weight_name=LORA_FILE, local_files_only=True)
+    pipeline = TSDSRPipeline.from_pretrained(name, dtype=chosen, local_files_only=local, **components)
+    if prompt_embeddings is not None:
+        _check_widths(pipeline, prompt_embeddings)
+    if local and Path(name, LORA_FILE).is_file():
+        pipeline.load_lora_weights(name, weight_name=LORA_FILE, local_files_only=True)
     prefer_channels_last(pipeline.vae, target)
     return pipeline.to(target)
+
+
+def find_model(model: str | Path) -> tuple[str, bool]:
+    """A pipeline folder or Hub id for the name of a model, and whether it is a folder.
+
+    Raises:
+        ValueError: for a folder that does not exist or holds no pipeline, and for what cannot be a Hub id.
+    """
+    source = EMBEDDED if model == "embedded" else Path(model)
+    if source.exists():
+        if not (source / "model_index.json").is_file():
+            raise ValueError(
+                f"{source} is not a pipeline folder (it has no model_index.json); `tsdsr convert` makes one of"
+                " published weights."
+            )
+        return str(source), True
+    if model == "embedded" or Path(model).is_absolute() or str(model).startswith((".", "~")):
+        raise ValueError(f"The model folder {source} does not exist; check the path, or name `embedded`.")
+    if not _is_hub_id(str(model)):
+        raise ValueError(f"{str(model)!r} is neither a folder nor a Hub id of the form owner/name.")
+    return str(model), False
+
+
+def holds_prompt(folder: str | Path) -> bool:
+    """Whether a folder is that of a saved `PromptEmbeddings`.
+
+    Raises:
+        OSError: if its config.json cannot be read.
+    """
+    if not Path(folder, PromptEmbeddings.config_name).is_file():
+        return False
+    return PromptEmbeddings.load_config(folder).get("_class_name") == PromptEmbeddings.__name__
+
+
+def _check_widths(pipeline: TSDSRPipeline, folder: str | Path) -> None:
+    networks: Any = pipeline
+    settings, found = networks.denoiser.config, networks.prompt_embeddings.config
+    wanted = (
+        settings.get("joint_attention_dim") or settings.cross_attention_dim,
+        settings.get("pooled_projection_dim", 0),
+    )
+    if (found.embed_dim, found.pooled_embed_dim) != wanted:
+        raise ValueError(
+            f"{folder} holds tokens of {found.embed_dim} numbers and pooled ones of {found.pooled_embed_dim}, but"
+            f" this model takes {wanted[0]} and {wanted[1]}; embed the prompt with the base that the model was made of."
+        )
 
 
 def prefer_channels_last(vae: torch.nn.Module, device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """LoRA weights of a one-step model: the denoiser's and the VAE encoder's in one file."""
 
+import copy
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -8,15 +10,79 @@ from typing import Any
 
 from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import logging
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from ..models.attention import check_not_fused
+
+logger = logging.get_logger(__name__)
+
+# The two files of the published release and the names under which `fidelity` looks for its two models.
+PUBLISHED_FILES = ("transformer.safetensors", "vae.safetensors")
+REALISM_ADAPTER, FIDELITY_ADAPTER = "tsdsr", "tsdsr-mse"
+# Where an AutoencoderKL's layers begin. The published VAE file has them behind the prefix `transformer.` too, and no
+# SD3 transformer has layers of these names.
+_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+def keeps_adapters(call: Callable) -> Callable:
+    """A pipeline's method after which the LoRAs of its networks are active, and as strong, as they were before."""
+
+    @functools.wraps(call)
+    def kept(self, *args: Any, **kwargs: Any) -> Any:
+        networks = [network for network in (self.denoiser, self.vae) if network is not None]
+        layers = [layer for network in networks for layer in network.modules() if isinstance(layer, LoraLayer)]
+        # After `enable_lora_hotswap` strengths are tensors, which are changed in place.
+        before = [(layer._active_adapter, layer.disable_adapters, copy.deepcopy(layer.scaling)) for layer in layers]
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            for layer, (active, disabled, scaling) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+                layer.scaling.update(scaling)
+
+    return kept
 
 
 class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
-    """diffusers' SD3 LoRA loading, extended by the keys `unet.*` and `vae.*`."""
+    """diffusers' SD3 LoRA loading for what a one-step model trains: the denoiser and the VAE's encoder.
 
-    _lora_loadable_modules = ["transformer", "unet", "vae", "text_encoder", "text_encoder_2"]
+    The prompt is fixed, so LoRAs of text encoders are left aside.
+    """
+
+    _lora_loadable_modules = ["transformer", "unet", "vae"]
     unet_name = "unet"
     vae_name = "vae"
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
+        """Weights of LoRAs by their keys `transformer.*`, `unet.*` and `vae.*`, and their metadata if asked for.
+
+        Takes what diffusers takes, and the published layout: a local folder with `transformer.safetensors` and
+        `vae.safetensors`, or either file, where the VAE's keys begin with `transformer.` as well.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: folder, file, Hub id or state dict.
+            kwargs: as in diffusers: `weight_name`, `subfolder`, `return_lora_metadata`, ...
+        """
+        source, metadata_too = pretrained_model_name_or_path_or_dict, kwargs.get("return_lora_metadata", False)
+        kwargs["return_lora_metadata"] = True
+        names = [kwargs.pop("weight_name", None)]
+        if not isinstance(source, dict) and names == [None] and os.path.isdir(source):
+            folder = Path(source, kwargs.get("subfolder") or "")
+            present = [name for name in PUBLISHED_FILES if (folder / name).is_file()]
+            if present and not any((folder / name).is_file() for name in (LORA_WEIGHT_NAME_SAFE, LORA_WEIGHT_NAME)):
+                names = present
+        state_dict: dict[str, Tensor] = {}
+        metadata: dict[str, Any] | None = None
+        for name in names:
+            found, metadata = super().lora_state_dict(source, weight_name=name, **kwargs)
+            for key, tensor in found.items():
+                layer = key.removeprefix(f"{cls.transformer_name}.")
+                ours = layer != key and layer.startswith(_VAE_PARTS)
+                state_dict[f"{cls.vae_name}.{layer}" if ours else key] = tensor
+        return (state_dict, metadata) if metadata_too else state_dict
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
@@ -24,14 +90,14 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
         """Load `transformer.*` or `unet.*`, and `vae.*` adapters under one name.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a folder with `pytorch_lora_weights.safetensors`, a file, a Hub id,
-                or a state dict.
+            pretrained_model_name_or_path_or_dict: a folder with `pytorch_lora_weights.safetensors` or with the two
+                published files, a file, a Hub id, or a state dict.
             adapter_name: name of the adapter, the same in both networks.
             hotswap: replace the weights of a loaded adapter in place.
 
         Raises:
-            ValueError: if the file holds other keys than LoRA weights, none for the networks of this pipeline, or some
-                for the kind of denoiser that it has not.
+            ValueError: if the file holds something else than LoRA weights, or some for the kind of denoiser that this
+                pipeline has not.
         """
         if adapter_name is None:
             # Both networks must take the same name, also where only one of them has adapters already.
@@ -40,21 +106,37 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, **{**kwargs, "return_lora_metadata": True}
         )
+        strange = [key for key in state_dict if "lora" not in key]
+        if strange:
+            raise ValueError(f"LoRA weights have `lora` in their names, but this file holds {strange[0]!r}.")
         prefixes = {key.split(".", 1)[0] for key in state_dict}
         ours, other = self.transformer_name, self.unet_name
         if self.unet is not None:
             ours, other = other, ours
-        if other in prefixes or not prefixes & {ours, self.vae_name}:
+        if other in prefixes:
             raise ValueError(
                 f"This pipeline takes LoRA keys `{ours}.*` and `{self.vae_name}.*`, but the file holds "
                 f"{sorted(prefixes)[:4]}."
             )
+        if not prefixes & {ours, self.vae_name}:
+            logger.warning(
+                f"No LoRA keys associated to `{ours}.*` or `{self.vae_name}.*` were found, only {sorted(prefixes)[:4]}:"
+                " nothing was loaded."
+            )
+        if getattr(self, "_offloads_to_disk", False):
+            raise ValueError("Load LoRAs before weights are offloaded to disk; there they cannot be changed.")
         for name in (ours, self.vae_name):
             layers = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
             if layers:
+                network = getattr(self, name)
+                check_not_fused(network)
+                if any(weight.dtype.is_floating_point and weight.itemsize == 1 for weight in network.parameters()):
+                    raise ValueError(
+                        "Load LoRAs before `enable_layerwise_casting`; afterwards they too would be rounded to 8 bits."
+                    )
                 # Where a file states the settings of only some networks, those of the others follow from the weights.
                 stated = any(key.startswith(f"{name}.") for key in metadata or ())
-                getattr(self, name).load_lora_adapter(
+                network.load_lora_adapter(
                     layers,
                     prefix=name,
                     network_alphas=None,
@@ -124,6 +206,33 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
                 safe_serialization=safe_serialization,
             )
             os.replace(Path(partial, file_name), folder / file_name)
+
+    def mix_adapters(self, fidelity: float) -> None:
+        """Activate the realism adapter at strength 1 - fidelity and the fidelity adapter at strength fidelity.
+
+        Which two is said at `fidelity` of the pipeline's call, which leaves everything as it was; this method does not.
+
+        Raises:
+            ValueError: if the two cannot be told, or are fused into the weights.
+        """
+        loaded = self.get_list_adapters()
+        names = list(dict.fromkeys(name for component in loaded.values() for name in component))
+        pair = [REALISM_ADAPTER, FIDELITY_ADAPTER]
+        if not set(pair) <= set(names):
+            pair = names
+        if len(pair) != 2:
+            raise ValueError(
+                f"`fidelity` mixes two LoRAs, {REALISM_ADAPTER!r} and {FIDELITY_ADAPTER!r} or the only two there are; "
+                f"loaded: {names or 'none'}. Load both with `load_lora_weights(..., adapter_name=...)`."
+            )
+        for layer in (layer for component in loaded for layer in getattr(self, component).modules()):
+            if isinstance(layer, LoraLayer):
+                if layer.merged:
+                    raise ValueError("`fidelity` cannot mix LoRAs that are fused; call `unfuse_lora()` first.")
+                layer._disable_adapters = False
+                layer._active_adapter = [name for name in pair if name in layer.scaling]
+                for name, strength in zip(pair, (1 - fidelity, fidelity), strict=True):
+                    layer.set_scale(name, strength)
 
     def fuse_lora(
         self,

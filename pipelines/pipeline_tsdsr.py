@@ -23,13 +23,16 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, scale_lora_layers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from ..models.attention import check_fused_projections, use_dispatcher
 from ..models.prompt_embeddings import PromptEmbeddings
 from .color import COLOR_FIXES
-from .lora import TSDSRLoraLoaderMixin
+from .lora import TSDSRLoraLoaderMixin, keeps_adapters
+from .placement import TSDSRPlacementMixin
+from .saving import TSDSRSavingMixin
 from .tiling import TilesDone, count_tiles, pad_to_multiple, reduce_bicubic, run_tiled, working_size
 
 
@@ -46,18 +49,20 @@ class TSDSRPipelineOutput(BaseOutput):
     images: Any
 
 
-class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
+class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin, DiffusionPipeline):
     """Enlarges photographs with one step of a diffusion model (TSD-SR, arXiv 2411.18263).
 
-    The model is a rectified-flow transformer (SD3) or a DDPM's UNet (SD2, table 5 of the paper). Exactly one of the two
-    is given; `scheduler` and `prompt_embeddings` always are.
+    The model is a rectified-flow transformer (SD3) or a DDPM's UNet (SD2, table 5 of the paper); one of the two is
+    given. As in diffusers, components may be None for as long as no call needs them: a pipeline of text encoders alone
+    can encode prompts.
 
     Args:
         vae: encodes the enlarged picture and decodes the result.
         transformer: predicts the velocity v; the result is z - v at t = 1000.
         scheduler: takes the one step: a flow-matching scheduler for a transformer; for a UNet a DDPM's, or any other
             whose config has a DDPM's betas and prediction type (DDIM, PNDM, ...).
-        prompt_embeddings: the fixed prompt, so that no text encoder is needed.
+        prompt_embeddings: the fixed prompt, so that no text encoder is needed. Without it, calls need `prompt` or
+            `prompt_embeds`.
         text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3: the base's, for other
             prompts: SD3's for a transformer, SD2's `text_encoder` and `tokenizer` for a UNet.
         use_shift_factor: whether latents are (z - shift_factor) * scaling_factor as in SD3, or z * scaling_factor as
@@ -68,13 +73,10 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             picture's latents as they are. One that predicts v gives sqrt(abar) z - sqrt(1 - abar) v.
 
     Raises:
-        ValueError: if not exactly one network is given, for a module that is missing, and for a UNet's scheduler or
-            timestep that does not fit.
+        ValueError: if both networks are given, and for a VAE, or a UNet's scheduler or timestep, that does not fit.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->prompt_embeddings->transformer->unet->vae"
-    # Either network may be absent. `scheduler` and `prompt_embeddings` may not, which the constructor checks: they have
-    # defaults only because they follow `transformer`, and what has one must be listed here to be loaded and saved.
     _optional_components = [
         "transformer",
         "scheduler",
@@ -89,15 +91,13 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
     ]
     _callback_tensor_inputs = ["latents"]
 
-    # Other prompts are encoded exactly as SD3 and SD2 do it.
-    _encode_sd2_prompt = StableDiffusionPipeline.encode_prompt
-    encode_prompt = StableDiffusion3Pipeline.encode_prompt
+    # Other prompts are encoded exactly as SD3 does it; `encode_prompt` calls these.
     _get_clip_prompt_embeds = StableDiffusion3Pipeline._get_clip_prompt_embeds
     _get_t5_prompt_embeds = StableDiffusion3Pipeline._get_t5_prompt_embeds
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         transformer: SD3Transformer2DModel | None = None,
         scheduler: FlowMatchEulerDiscreteScheduler | DDPMScheduler | None = None,
         prompt_embeddings: PromptEmbeddings | None = None,
@@ -112,15 +112,11 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         unet: UNet2DConditionModel | None = None,
     ):
         super().__init__()
-        if (transformer is None) == (unet is None):
-            found = "neither" if unet is None else "both"
-            raise ValueError(f"TSDSRPipeline needs exactly one network, `transformer` or `unet`, not {found}.")
-        if scheduler is None or prompt_embeddings is None:
-            missing = "a `scheduler`" if scheduler is None else "`prompt_embeddings`"
-            raise ValueError(f"TSDSRPipeline needs {missing}.")
+        if transformer is not None and unet is not None:
+            raise ValueError("TSDSRPipeline takes one network, `transformer` or `unet`, not both.")
         if timestep is None:
             timestep = 1000.0 if unet is None else 999.0
-        if unet is not None:
+        if unet is not None and scheduler is not None:
             if "beta_schedule" not in scheduler.config:
                 raise ValueError(
                     f"A UNet needs a `scheduler` with a DDPM's betas, such as DDPMScheduler, not "
@@ -144,12 +140,34 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             tokenizer_3=tokenizer_3,
             unet=unet,
         )
+        if vae is not None and self.denoiser is not None:
+            made, read = vae.config.latent_channels, self.denoiser.config.in_channels
+            if made != read:
+                raise ValueError(
+                    f"The VAE's latents have {made} channels, but the network reads {read}; use the VAE of its base."
+                )
+        for network in filter(None, (vae, transformer, unet)):
+            use_dispatcher(network)
+        if transformer is not None and not transformer._repeated_blocks:
+            # diffusers names none for this class; `compile_repeated_blocks` needs them.
+            transformer._repeated_blocks = ["JointTransformerBlock"]
+        if isinstance(vae, AutoencoderTiny):
+            # As AutoencoderKL has it: group offloading brings these two in, since `encode` and `decode` do not pass
+            # through the forward of the whole.
+            vae._group_offload_block_modules = ["encoder", "decoder"]
+        # What a pipeline was made with is not optional in it; others do without a transformer or without a UNet.
+        self._optional_components = [name for name in self._optional_components if getattr(self, name) is None]
         self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep)
-        channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
-        self.vae_scale_factor = 2 ** (len(channels) - 1)
+        self.vae_scale_factor = 8
+        if vae is not None:
+            channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+            self.vae_scale_factor = 2 ** (len(channels) - 1)
         # Sides of the working picture are multiples of what one patch, or one pixel of the UNet's middle, covers.
-        config = self.denoiser.config
-        coarsest = config.patch_size if unet is None else 2 ** (len(config.block_out_channels) - 1)
+        coarsest = 2
+        if transformer is not None:
+            coarsest = transformer.config.patch_size
+        elif unet is not None:
+            coarsest = 2 ** (len(unet.config.block_out_channels) - 1)
         self.size_multiple = self.vae_scale_factor * coarsest
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_resize=False, do_normalize=False, do_convert_rgb=True
@@ -157,28 +175,101 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         self.tokenizer_max_length = 77 if tokenizer is None else tokenizer.model_max_length
 
     @property
-    def denoiser(self) -> SD3Transformer2DModel | UNet2DConditionModel:
-        """The network of the one step: the transformer or the UNet."""
+    def denoiser(self) -> Any:
+        """The network of the one step: the transformer, the UNet, or None."""
         return self.transformer if self.unet is None else self.unet
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of every call: one."""
+        return 1
+
+    @property
+    def _encodes_as_sd2(self) -> bool:
+        return self.unet is not None or (self.transformer is None and self.text_encoder_2 is None)
+
+    def _check_text_encoders(self) -> None:
+        names = ["text_encoder", "tokenizer", *([] if self._encodes_as_sd2 else ["text_encoder_2", "tokenizer_2"])]
+        absent = [name for name in names if getattr(self, name) is None]
+        if absent:
+            raise ValueError(
+                f"`prompt` needs the base model's text encoders, but this pipeline was loaded without {absent[0]}; "
+                "leave `prompt` out to use the built-in one, or load the pipeline with text encoders and tokenizers."
+            )
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        prompt_2: str | list[str] | None = None,
+        prompt_3: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Embed prompts with the base's text encoders, exactly as diffusers' own SD3 and SD2 pipelines do it.
+
+        Args:
+            prompt: one or more.
+            prompt_2, prompt_3: what SD3's second CLIP and T5 read instead.
+            device: where the encoders are.
+            num_images_per_prompt: how often each is repeated.
+            do_classifier_free_guidance: embed `negative_prompt` as well. The one step has no use for it.
+            negative_prompt: by default the empty one.
+            kwargs: further ones of `StableDiffusion3Pipeline.encode_prompt` (`max_sequence_length`, `clip_skip`,
+                ...), for SD2 of `StableDiffusionPipeline.encode_prompt`.
+
+        Returns:
+            prompt_embeds (B, tokens, width), negative_prompt_embeds, pooled_prompt_embeds (B, pooled width) and
+            negative_pooled_prompt_embeds; None where there are none.
+
+        Raises:
+            ValueError: if the pipeline has not all of the text encoders.
+        """
+        self._check_text_encoders()
+        shared = {
+            "device": device,
+            "num_images_per_prompt": num_images_per_prompt,
+            "do_classifier_free_guidance": do_classifier_free_guidance,
+            "negative_prompt": negative_prompt,
+            **kwargs,
+        }
+        if self._encodes_as_sd2:
+            pooled_prompt_embeds = negative_pooled_prompt_embeds = None
+            prompt_embeds, negative_prompt_embeds = StableDiffusionPipeline.encode_prompt(self, prompt, **shared)
+        else:
+            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
+                StableDiffusion3Pipeline.encode_prompt(self, prompt, prompt_2, prompt_3, **shared)
+            )
+        return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def check_inputs(
         self,
+        pictures: int,
         upscale: float,
         height: int | None,
         width: int | None,
-        prompt: str | None,
+        prompt: str | list[str] | None,
         prompt_embeds: Tensor | None,
         pooled_prompt_embeds: Tensor | None,
+        fidelity: float | None,
         process_size: int,
         color_fix: str,
         tile_size: int,
         tile_overlap: int,
         tile_batch_size: int,
         vae_tile_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raises a `ValueError` of one sentence for the first argument that cannot be used."""
+        parts = {"vae": self.vae, "transformer": self.denoiser, "scheduler": self.scheduler}
+        absent = [name for name, part in parts.items() if part is None]
+        if absent:
+            raise ValueError(f"This pipeline was made without `{absent[0]}`; pass one to `from_pretrained`.")
         if not (isinstance(upscale, Real) and 1 <= upscale < float("inf")):
             raise ValueError(f"`upscale` must be a number of at least 1, not {upscale!r}.")
         for name, value in (("height", height), ("width", width)):
@@ -186,21 +277,27 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                 raise ValueError(f"`{name}` must be a whole number of pixels of at least 1, not {value!r}.")
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("Pass either `prompt` or `prompt_embeds`, not both.")
-        if prompt is not None and not isinstance(prompt, str):
-            raise ValueError(f"`prompt` must be one string for all pictures, not {type(prompt).__name__}.")
-        encoders = ["text_encoder", "tokenizer"]
-        if self.unet is None:
-            encoders += ["text_encoder_2", "tokenizer_2"]
-        absent = [name for name in encoders if getattr(self, name) is None]
-        if prompt is not None and absent:
+        if prompt is None and prompt_embeds is None and self.prompt_embeddings is None:
             raise ValueError(
-                f"`prompt` needs the base model's text encoders, but this pipeline was loaded without {absent[0]}; "
-                "leave `prompt` out to use the built-in one, or load the pipeline with text encoders and tokenizers."
+                "This pipeline holds no `prompt_embeddings`: pass `prompt_embeds`, or `prompt` if it has text encoders."
             )
+        if isinstance(prompt, list) and len(prompt) not in (1, pictures):
+            raise ValueError(f"`prompt` must be one string, or as many as pictures ({pictures}), not {len(prompt)}.")
+        if prompt is not None and not all(
+            isinstance(text, str) for text in (prompt if isinstance(prompt, list) else [prompt])
+        ):
+            raise ValueError(f"`prompt` must be a string or a list of them, not {type(prompt).__name__}.")
+        if prompt is not None:
+            self._check_text_encoders()
         if self.unet is not None and pooled_prompt_embeds is not None:
             raise ValueError("A UNet takes no `pooled_prompt_embeds`; pass `prompt_embeds` alone.")
         if self.unet is None and (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ValueError("Pass `prompt_embeds` and `pooled_prompt_embeds` together.")
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("pooled_prompt_embeds", pooled_prompt_embeds)):
+            if embeds is not None and embeds.shape[0] not in (1, pictures):
+                raise ValueError(f"`{name}` must have a batch of 1 or {pictures}, not {embeds.shape[0]}.")
+        if fidelity is not None and not (isinstance(fidelity, Real) and 0 <= fidelity <= 1):
+            raise ValueError(f"`fidelity` must be a number from 0 to 1, not {fidelity!r}.")
         if not isinstance(process_size, Integral) or process_size < 0:
             raise ValueError(f"`process_size` must be a whole number of pixels, 0 for none, not {process_size!r}.")
         if color_fix not in (*COLOR_FIXES, "none"):
@@ -216,6 +313,10 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
                 )
         if not isinstance(tile_batch_size, Integral) or tile_batch_size < 1:
             raise ValueError(f"`tile_batch_size` must be a whole number of at least 1, not {tile_batch_size!r}.")
+        if isinstance(generator, list) and len(generator) != pictures:
+            raise ValueError(f"`generator` must be one or as many as pictures ({pictures}), not {len(generator)}.")
+        if latents is not None and (latents.ndim != 4 or latents.shape[0] != pictures):
+            raise ValueError(f"`latents` must be (B, C, h, w) with B = {pictures}, not {tuple(latents.shape)}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be one of pil, np, pt, latent, not {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -276,15 +377,17 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         return tensors
 
     @torch.no_grad()
+    @keeps_adapters
     def __call__(
         self,
         image: PipelineImageInput,
         upscale: float = 4,
         height: int | None = None,
         width: int | None = None,
-        prompt: str | None = None,
+        prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
+        fidelity: float | None = None,
         process_size: int = 512,
         color_fix: str = "wavelet",
         tile_size: int = 512,
@@ -292,8 +395,9 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         tile_batch_size: int = 1,
         vae_tile_size: int = 2048,
         sample_posterior: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["TSDSRPipeline", int, float, dict[str, Tensor]], dict | None] | None = None,
@@ -308,9 +412,13 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             upscale: any factor of at least 1; the result is exactly `round(upscale * size)`. Ignored where `height`
                 or `width` is given.
             height, width: size of the result in pixels; where only one is given the other keeps the proportions.
-            prompt: another prompt than the built-in one; needs the base model's text encoders.
-            prompt_embeds, pooled_prompt_embeds: embedded prompt, (1, tokens, width) and (1, width). A UNet takes the
-                first alone.
+            prompt: another prompt than the built-in one, for all pictures or one for each; needs the base model's text
+                encoders.
+            prompt_embeds, pooled_prompt_embeds: embedded prompt, (B, tokens, width) and (B, width) with B of 1 or one
+                for each picture. A UNet takes the first alone.
+            fidelity: mixes two LoRAs in this call, from 0, the realism adapter alone, to 1, the fidelity adapter alone:
+                the adapters `tsdsr` and `tsdsr-mse` where they are loaded, else the only two, in the order they were
+                loaded. Their weights and strengths are afterwards what they were.
             process_size: pictures whose result has a shorter side than this, in pixels, are enlarged further for the
                 networks and reduced afterwards (the published small-picture rule). 0 switches it off.
             color_fix: "wavelet", "adain", "lab" or "none".
@@ -321,9 +429,11 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             vae_tile_size: larger pictures are encoded and decoded in tiles of this side, pixels of the result. For a
                 VAE with group normalisation this approximates the untiled result.
             sample_posterior: draw from the encoder's posterior, as the published code does, instead of its mode.
-            generator: for that draw.
+            generator: for that draw; a list holds one for each picture.
             latents: encoded pictures (B, C, h, w) of the padded working size, as `output_type="latent"` scales them,
                 in place of the encoder's.
+            joint_attention_kwargs: handed to the transformer's attention, for a UNet as its `cross_attention_kwargs`;
+                `{"scale": s}` is the strength of all LoRAs in this call, the VAE's too.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: return a `TSDSRPipelineOutput` rather than a tuple.
             callback_on_step_end: called for every picture as `(pipeline, 0, timestep, {"latents": ...})` after its one
@@ -340,39 +450,48 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
             ValueError: for arguments that cannot be used, and for a result with NaN or Inf.
         """
         # 1. Arguments
+        pictures = self.prepare_images(image)
         self.check_inputs(
+            len(pictures),
             upscale,
             height,
             width,
             prompt,
             prompt_embeds,
             pooled_prompt_embeds,
+            fidelity,
             process_size,
             color_fix,
             tile_size,
             tile_overlap,
             tile_batch_size,
             vae_tile_size,
+            generator,
+            latents,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        pictures = self.prepare_images(image)
-        if latents is not None and (latents.ndim != 4 or latents.shape[0] != len(pictures)):
-            raise ValueError(f"`latents` must be (B, C, h, w) with B = {len(pictures)}, not {tuple(latents.shape)}.")
         device, vae, denoiser = self._execution_device, self.vae, self.denoiser
+        for network in (vae, denoiser):
+            check_fused_projections(network)
+        if fidelity is not None:
+            self.mix_adapters(fidelity)
+        if joint_attention_kwargs and "scale" in joint_attention_kwargs:
+            # The denoiser does this itself.
+            scale_lora_layers(vae, joint_attention_kwargs["scale"])
 
         # 2. Prompt
-        if prompt is not None and self.unet is not None:
-            prompt_embeds, _ = self._encode_sd2_prompt(prompt, device, 1, do_classifier_free_guidance=False)
-        elif prompt is not None:
+        if prompt is not None:
             prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
-                prompt=prompt, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
+                prompt, device=device, do_classifier_free_guidance=False
             )
         elif prompt_embeds is None:
-            prompt_embeds, pooled_prompt_embeds = self.prompt_embeddings(1)
-        conditioning = {"encoder_hidden_states": prompt_embeds.to(device, denoiser.dtype)}
+            prompt_embeds, pooled_prompt_embeds = self.prompt_embeddings()
+        embeds = {"encoder_hidden_states": prompt_embeds}
         if self.unet is None and pooled_prompt_embeds is not None:
-            conditioning["pooled_projections"] = pooled_prompt_embeds.to(device, denoiser.dtype)
+            embeds["pooled_projections"] = pooled_prompt_embeds
+        embeds = {name: tensor.to(device, denoiser.dtype) for name, tensor in embeds.items()}
+        attention_name = "joint_attention_kwargs" if self.unet is None else "cross_attention_kwargs"
 
         # 3. The step
         step_at: dict[str, list]
@@ -405,18 +524,21 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.config.use_shift_factor else 0.0
 
         def encode(pixels: Tensor) -> Tensor:
+            draws = generator[index] if isinstance(generator, list) else generator
             encoded = vae.encode(pixels.to(vae.dtype))
             if hasattr(encoded, "latents"):
                 return encoded.latents
             posterior = encoded.latent_dist
-            return posterior.sample(generator) if sample_posterior else posterior.mode()
+            return posterior.sample(draws) if sample_posterior else posterior.mode()
 
         def predict(latent_tiles: Tensor) -> Tensor:
             count = latent_tiles.shape[0]
             return denoiser(
                 **{"hidden_states" if self.unet is None else "sample": latent_tiles},
-                **{name: embeds.expand(count, *embeds.shape[1:]) for name, embeds in conditioning.items()},
+                # The picture's own embeddings, or the one for all.
+                **{name: own[index % len(own)].expand(count, *own.shape[1:]) for name, own in embeds.items()},
                 timestep=timestep.expand(count),
+                **{attention_name: joint_attention_kwargs},
                 return_dict=False,
             )[0]
 
@@ -572,5 +694,9 @@ class TSDSRPipeline(DiffusionPipeline, TSDSRLoraLoaderMixin):
         return TSDSRPipelineOutput(images=images) if return_dict else (images,)
 
 
-# `DiffusionPipeline.from_pretrained` looks up the class that model_index.json names among diffusers' own.
-diffusers.TSDSRPipeline = TSDSRPipeline
+# `DiffusionPipeline.from_pretrained` looks up the class that model_index.json names among diffusers' own, and a
+# component's among the modules of diffusers.pipelines, whatever name this package was imported under. The first stays:
+# code that comes with a folder does not take the place of an installed package.
+if not hasattr(diffusers.pipelines, "tsdsr"):
+    diffusers.TSDSRPipeline = diffusers.pipelines.TSDSRPipeline = TSDSRPipeline
+    diffusers.pipelines.tsdsr = sys.modules[__name__]

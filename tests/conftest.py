@@ -1,7 +1,8 @@
 """Tiny pipelines with random weights: the real classes, small enough that a test takes a moment."""
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,23 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from huggingface_hub import constants
 from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from tsdsr import PromptEmbeddings, TSDSRPipeline
+
+from .fake_hub import TOKEN, FakeHub
 
 
 def _vae(kind: str) -> AutoencoderKL | AutoencoderTiny:
@@ -115,6 +130,86 @@ def picture() -> Callable[[int, int], np.ndarray]:
     return make
 
 
+@pytest.fixture(scope="session")
+def one_sentence():
+    """Check that an error reads as one sentence and says all of `words`."""
+
+    def check(error, *words):
+        message = str(error)
+        assert "\n" not in message
+        assert message.endswith(".")
+        assert not re.search(r"[.!?] +[A-Z]", message), f"more than one sentence: {message}"
+        for word in words:
+            assert str(word) in message, f"{word} is not named in: {message}"
+        return message
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def sd3():
+    """A tiny SD3 whose sizes can be read off its weights: heads of 64, 16 latent channels."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        joint_attention_dim=12,
+        caption_projection_dim=128,
+        pooled_projection_dim=10,
+        pos_embed_max_size=16,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    return transformer.eval(), vae.eval()
+
+
+@pytest.fixture(scope="session")
+def text_encoders() -> dict[str, torch.nn.Module]:
+    """SD3's three text encoders in miniature, by their names in the pipeline; CLIP-L's projection changes nothing."""
+    torch.manual_seed(1)
+
+    def clip(width: int, projection: int, act: str) -> CLIPTextModelWithProjection:
+        config = CLIPTextConfig(
+            vocab_size=54,
+            hidden_size=width,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=width // 64,
+            max_position_embeddings=8,
+            projection_dim=projection,
+            hidden_act=act,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=1,
+        )
+        return CLIPTextModelWithProjection(config).eval()
+
+    clip_l, clip_g = clip(64, 64, "quick_gelu"), clip(128, 24, "gelu")
+    clip_l.text_projection.weight.data = torch.eye(64)
+    sizes = {"vocab_size": 30, "d_model": 192, "d_kv": 8, "d_ff": 20, "num_layers": 2, "num_heads": 3}
+    t5 = T5EncoderModel(T5Config(**sizes, relative_attention_num_buckets=16, feed_forward_proj="gated-gelu")).eval()
+    encoders = {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5}
+    for encoder in encoders.values():  # far enough from zero that all of it counts
+        for weight in encoder.parameters():
+            if weight is not clip_l.text_projection.weight:
+                weight.data += 0.1 * torch.randn_like(weight)
+    return encoders
+
+
 def _original_transformer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """diffusers' keys of an SD3 transformer -> Stability AI's."""
     last = max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks."))
@@ -194,10 +289,29 @@ def _original_vae(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def save_single_file() -> Callable[..., Path]:
-    """A function that writes networks as one file in Stability AI's layout: `save(path, transformer, vae)`."""
+    """A function that writes networks as one file in Stability AI's layout: `save(path, transformer, vae)`.
 
-    def save(path: Path, transformer=None, vae=None, prefixes=("model.diffusion_model.", "first_stage_model."), **more):
+    `text_encoders` are given by their names in the pipeline, other tensors by their keys.
+    """
+    packed = {
+        "text_encoder": ("text_encoders.clip_l.transformer.", "text_projection.weight"),
+        "text_encoder_2": ("text_encoders.clip_g.transformer.", None),
+        "text_encoder_3": ("text_encoders.t5xxl.transformer.", "encoder.embed_tokens.weight"),
+    }
+
+    def save(
+        path: Path,
+        transformer=None,
+        vae=None,
+        prefixes=("model.diffusion_model.", "first_stage_model."),
+        text_encoders=None,
+        **more,
+    ):
         tensors = dict(more)
+        for name, encoder in (text_encoders or {}).items():
+            prefix, left_out = packed[name]
+            weights = encoder.state_dict().items()
+            tensors.update({f"{prefix}{key}": value for key, value in weights if key != left_out})
         if transformer is not None:
             converted = _original_transformer(transformer.state_dict())
             tensors.update({f"{prefixes[0]}{key}": value for key, value in converted.items()})
@@ -209,3 +323,86 @@ def save_single_file() -> Callable[..., Path]:
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> CLIPTokenizer:
+    """One that knows letters, eight tokens long."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(vocabulary)}, merges=[], model_max_length=8
+    )
+
+
+@pytest.fixture(scope="session")
+def clip_config() -> Callable[..., CLIPTextConfig]:
+    """A function that describes a tiny CLIP text encoder, whose tokens and pooled vectors are `width` numbers."""
+    return lambda width=8: CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer() -> T5TokenizerFast:
+    """One that knows letters, of any number of tokens."""
+    letters = [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -5.0), ("▁", -1.0), *letters], extra_ids=0)
+
+
+@pytest.fixture(scope="session")
+def save_text_base(clip_tokenizer, clip_config, t5_tokenizer) -> Callable[..., Path]:
+    """A function that saves the text encoders of a base whose prompts fit `make_pipeline`'s networks, and what says how
+    wide they are: `save_text_base(folder, "sd3" or "sd2", t5=True)`. CLIP reads 8 tokens, T5 as many as asked for.
+    """
+
+    def save(folder: Path, kind: str, t5: bool = True) -> Path:
+        torch.manual_seed(1)
+        index: dict[str, object] = {}
+
+        def add(suffix: str, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+            encoder.save_pretrained(folder / f"text_encoder{suffix}")
+            tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+            index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
+            index[f"tokenizer{suffix}"] = ["transformers", name]
+
+        if kind == "sd2":
+            index |= {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+            add("", CLIPTextModel(clip_config(12)), clip_tokenizer, "CLIPTokenizer")
+        else:
+            index |= {
+                "_class_name": "StableDiffusion3Pipeline",
+                "transformer": ["diffusers", "SD3Transformer2DModel"],
+                "text_encoder_3": [None, None],
+                "tokenizer_3": [None, None],
+            }
+            _transformer().save_config(folder / "transformer")  # no weights: embedding does not look at them
+            for suffix, width in (("", 4), ("_2", 6)):
+                add(suffix, CLIPTextModelWithProjection(clip_config(width)), clip_tokenizer, "CLIPTokenizer")
+            if t5:
+                sizes = {"vocab_size": 30, "d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+                add("_3", T5EncoderModel(T5Config(**sizes)), t5_tokenizer, "T5TokenizerFast")
+        (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hugging Face Hub on this machine: for uploads of this process, and for processes with its `environment`."""
+    with FakeHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..models.prompt_embeddings import PromptEmbeddings
+from ..pipelines.text import load_text_encoder
 from .config import ConfigError, DistillConfig, reason
 from .families import Ddpm, Family, Prompt, RectifiedFlow
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
-from .text import load_text_encoder
 
 # The fixed caption of the published weights (train/train.py of the release).
 PUBLISHED_PROMPT = (

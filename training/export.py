@@ -2,15 +2,13 @@
 
 import copy
 import json
-import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -18,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
-from ..models.licences import licence_name, licence_of
+from ..models.licences import licence_of
+from ..pipelines import model_card
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import EMBEDDING_FILES, Base
 from .checkpointing import whole_folder
@@ -155,13 +154,6 @@ def _write_card(
     local = Path(base_name).exists()
     shown_base = Path(base_name).name if local else base_name
     licence = licence_of(Path(base_name), dict(base.denoiser.config))
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="image-to-image",
-        tags=["super-resolution", "image-upscaling", "one-step", "tsd-sr", *(["lora"] if kind == "lora" else [])],
-        base_model=None if local else base_name,
-        **licence,
-    )
     settings = config.to_dict()
     for name in ("train_data_dir", "train_lq_dir", "validation_dir", "validation_lq_dir", "output_dir"):
         if settings.get(name):  # a card travels; the folders of the machine it was made on do not
@@ -179,84 +171,28 @@ def _write_card(
         settings["data_files"] = [Path(file).name if Path(file).is_absolute() else file for file in config.data_files]
     for name in ("resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to"):
         settings.pop(name, None)
-    recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    table = ""
-    if metrics:
-        names = list(metrics["student"])
-        rows = [
-            f"| {label} | " + " | ".join(f"{metrics[row][name]:.4g}" for name in names) + " |"
-            for label, row in (("bicubic", "bicubic"), ("before training", "start"), ("**this model**", "student"))
-            if metrics.get(row)
-        ]
-        heads = " | ".join(name.upper().replace("_", "-") for name in names)
-        table = "\n".join([f"| | {heads} |", "|" + " --- |" * (len(names) + 1), *rows])
-        table = f"On {facts.get('validation', 'the validation photographs')}:\n\n{table}"
     place = config.hub_model_id or title
-    if kind == "merged":
-        use = f'pipe = TSDSRPipeline.from_pretrained("{place}")'
-    else:
-        # Beside a pipeline the LoRA is uploaded as a folder of its repository.
-        inside = "lora/" if config.push_to_hub and config.output == "both" else ""
-        of_lora = f', subfolder="{inside[:-1]}"' if inside else ""
-        use = (
-            f'prompt = PromptEmbeddings.from_pretrained("{place}", subfolder="{inside}prompt_embeddings")\n'
-            f'pipe = TSDSRPipeline.from_pretrained("{shown_base}", prompt_embeddings=prompt)\n'
-            f'pipe.load_lora_weights("{place}"{of_lora})'
-        )
-    imported = "PromptEmbeddings, TSDSRPipeline" if kind == "lora" else "TSDSRPipeline"
+    # Beside a pipeline the LoRA is uploaded as a folder of its repository.
+    inside = "lora" if kind == "lora" and config.push_to_hub and config.output == "both" else ""
     trained = "LoRA" if config.train_type == "lora" else "all weights"
     made = "ready pairs" if config.train_lq_dir else "degraded on the fly (second-order Real-ESRGAN)"
-    licence_text = (
-        f"The base model's licence, **{licence_name(licence)}**, applies to these weights as well."
-        if licence
-        else "The licence of the base model applies to these weights as well; see its own card."
+    model_card.write_card(
+        folder,
+        title,
+        "One-step diffusion upscaler for photographs, distilled with TSD-SR's method\n"
+        f"({model_card.PAPER}) by {_commit()}.",
+        [
+            f"Base: `{shown_base}`",
+            f"Trained: {trained} of the {base.family.component}; VAE encoder: {config.vae_encoder}",
+            f"Data: {facts['photographs']}, {made}",
+        ],
+        model_card.usage(place, base=shown_base if kind == "lora" else None, subfolder=inside, scale=config.scale),
+        model_card.front_matter(licence, None if local else base_name, lora=kind == "lora"),
+        "The licence of the base model applies to these weights as well; see its own card.",
+        results=model_card.results(metrics, facts.get("validation", "the validation photographs"))
+        or "Not measured: the run had no validation photographs.",
+        training=model_card.training(settings, config.recipe or "recipe.yaml"),
     )
-    command = ["accelerate", "launch", "-m", "tsdsr.training.distill", "--config", config.recipe or "recipe.yaml"]
-    if config.train_data_dir:
-        command += ["--train_data_dir", "PHOTOGRAPHS"]
-    content = f"""---
-{data.to_yaml()}
----
-
-# {title}
-
-One-step diffusion upscaler for photographs, distilled with TSD-SR's method
-([arXiv 2411.18263](https://arxiv.org/abs/2411.18263)) by {_commit()}.
-
-* Base: `{shown_base}`
-* Trained: {trained} of the {base.family.component}; VAE encoder: {config.vae_encoder}
-* Data: {facts["photographs"]}, {made}
-
-## Use
-
-```python
-from PIL import Image
-from tsdsr import {imported}
-
-{use}
-pipe(Image.open("photo.jpg"), upscale={config.scale}).images[0].save("photo_x{config.scale}.png")
-```
-
-## Results
-
-{table or "Not measured: the run had no validation photographs."}
-
-## Training
-
-```sh
-{shlex.join(command)} --output_dir OUTPUT
-```
-
-The settings, as a recipe:
-
-```yaml
-{recipe}```
-
-## Licence
-
-{licence_text}
-"""
-    ModelCard(content).save(folder / "README.md")
     (folder / "training.json").write_text(json.dumps({"metrics": metrics, "settings": settings}, indent=1) + "\n")
 
 

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models import lora_targets
+from ..pipelines.text import Prompt
 from .objectives import classifier_free_guidance, clean_from_velocity, ddpm_velocity, noise_levels
 from .objectives.noise import Velocity
-
-# Embeddings (B or 1, tokens, width), and SD3's pooled ones (B or 1, pooled width).
-Prompt = tuple[Tensor, Tensor | None]
 
 
 class Family(Protocol):

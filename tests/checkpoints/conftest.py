@@ -1,6 +1,5 @@
 """The published TSD-SR layout in miniature, made of seeded random networks, and what the tests here share."""
 
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,22 +173,6 @@ def tree():
         }
 
     return listing
-
-
-@pytest.fixture(scope="session")
-def one_sentence():
-    """Check that an error reads as one sentence and says all of `words`."""
-
-    def check(error, *words):
-        message = str(error)
-        assert "\n" not in message
-        assert message.endswith(".")
-        assert not re.search(r"[.!?] +[A-Z]", message), f"more than one sentence: {message}"
-        for word in words:
-            assert str(word) in message, f"{word} is not named in: {message}"
-        return message
-
-    return check
 
 
 @pytest.fixture

@@ -371,7 +371,7 @@ def test_a_failure_while_writing_leaves_nothing(merged, layout, convert, tree, t
         seen.append(sorted(path.name for path in folder.iterdir()))
         raise error
 
-    monkeypatch.setattr(convert_module, "write_model_card", fail)
+    monkeypatch.setattr(convert_module.model_card, "write_card", fail)
     with pytest.raises(type(error)):
         convert(layout, tmp_path / output, overwrite=True, keep_lora=True)
     assert LORA in seen[0]

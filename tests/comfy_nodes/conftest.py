@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import save_file
 
 from tsdsr.checkpoints.layout import is_target
@@ -42,37 +41,6 @@ def refresh():
         folder_paths.filename_list_cache.clear()
 
     return forget
-
-
-@pytest.fixture(scope="session")
-def sd3():
-    """A tiny SD3 whose sizes can be read off its weights: heads of 64, 16 latent channels."""
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=16,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=64,
-        in_channels=16,
-        out_channels=16,
-        joint_attention_dim=12,
-        caption_projection_dim=128,
-        pooled_projection_dim=10,
-        pos_embed_max_size=16,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=[8, 16],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    )
-    return transformer.eval(), vae.eval()
 
 
 @pytest.fixture

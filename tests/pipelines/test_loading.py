@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tsdsr import load_pipeline
+from tsdsr import PromptEmbeddings, load_pipeline
 from tsdsr.pipelines.loading import EMBEDDED, prefer_channels_last
 
 SMALL = {"process_size": 32, "tile_size": 32, "tile_overlap": 8, "output_type": "pt"}
@@ -63,3 +63,24 @@ def test_channels_last_where_it_costs_no_accuracy(make_pipeline, vae, device, la
     prefer_channels_last(network, torch.device(device))
     weight = next(p for p in network.parameters() if p.ndim == 4 and p.shape[2] > 1 and p.shape[1] > 1)
     assert weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
+@pytest.mark.parametrize(("network", "pooled"), [("transformer", 10), ("unet", 0)])
+def test_another_prompt_in_place_of_the_models_own(make_pipeline, picture, tmp_path, network, pooled):
+    """In the number format of the pipeline, and only where it is as wide as the network takes."""
+    make_pipeline("tiny", network).save_pretrained(tmp_path / "model")
+    torch.manual_seed(7)
+    prompt = PromptEmbeddings.from_tensors(torch.randn(1, 5, 12), torch.randn(1, pooled))
+    prompt.save_pretrained(tmp_path / "prompt")
+    loaded = load_pipeline(tmp_path / "model", prompt_embeddings=tmp_path / "prompt", device="cpu")
+    loaded.set_progress_bar_config(disable=True)
+    expected = make_pipeline("tiny", network, prompt_embeddings=prompt)(picture(8, 8), **SMALL).images
+    torch.testing.assert_close(loaded(picture(8, 8), **SMALL).images, expected, atol=1e-5, rtol=0)
+    half = load_pipeline(tmp_path / "model", prompt_embeddings=str(tmp_path / "prompt"), device="cpu", dtype="bf16")
+    assert half.prompt_embeddings.dtype == torch.bfloat16
+    for wrong in (PromptEmbeddings(5, 13, pooled), PromptEmbeddings(5, 12, pooled + 1)):
+        wrong.save_pretrained(tmp_path / "prompt")
+        with pytest.raises(ValueError, match=f"takes 12 and {pooled}"):
+            load_pipeline(tmp_path / "model", prompt_embeddings=tmp_path / "prompt", device="cpu")
+    with pytest.raises(ValueError, match="holds no prompt embeddings"):
+        load_pipeline(tmp_path / "model", prompt_embeddings=tmp_path / "nowhere", device="cpu")

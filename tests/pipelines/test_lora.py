@@ -1,9 +1,11 @@
 """One file with `transformer.*` or `unet.*`, and `vae.*` adapters."""
 
 import json
+import re
 
 import pytest
 import torch
+from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -66,6 +68,20 @@ def test_a_second_adapter_gets_its_own_name(make_pipeline, lora):
 def test_other_keys_are_refused(make_pipeline):
     with pytest.raises(ValueError, match=r"takes LoRA keys `transformer\.\*` and .* holds \['unet'\]"):
         make_pipeline().load_lora_weights({"unet.lora_A.weight": torch.zeros(2, 2)})
+    with pytest.raises(
+        ValueError, match=r"have `lora` in their names, but this file holds 'transformer\.proj_out\.weight'"
+    ):
+        make_pipeline().load_lora_weights({"transformer.proj_out.weight": torch.zeros(2, 2)})
+
+
+def test_keys_of_no_network_load_nothing(make_pipeline, caplog):
+    pipeline = make_pipeline()
+    logging.set_verbosity_warning()
+    with caplog.at_level("WARNING"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.get_logger("diffusers"), "propagate", True)
+        pipeline.load_lora_weights({"text_encoder.q_proj.lora_A.weight": torch.zeros(2, 2)})
+    assert "only ['text_encoder']: nothing was loaded" in caplog.text
+    assert pipeline.get_list_adapters() == {}
 
 
 # --- both kinds of denoiser ------------------------------------------------------------------------------------------
@@ -220,3 +236,258 @@ def test_every_target_is_a_layer_of_the_unet(make_pipeline):
     for target in lora_targets.UNET_STUDENT:
         assert any(name == target or name.endswith(f".{target}") for name in names), target
     assert set(lora_targets.UNET_FAKE_SCORE) < set(lora_targets.UNET_STUDENT)
+
+
+# --- the published layout --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(make_pipeline, tmp_path):
+    """A function that writes LoRAs of a seed as the release does: two files, both behind `transformer.`."""
+    base = make_pipeline("kl")
+
+    def write(name, seed=5):
+        generator, folder = torch.Generator().manual_seed(seed), tmp_path / name
+        folder.mkdir()
+        for component in ("transformer", "vae"):
+            state = {}
+            for module in {
+                "transformer": ["transformer_blocks.0.attn.to_q", "proj_out"],
+                "vae": ["encoder.conv_in", "encoder.mid_block.attentions.0.to_q"],
+            }[component]:
+                weight = getattr(base, component).get_submodule(module).weight
+                up = (weight.shape[0], 2, *(1 for _ in weight.shape[2:]))
+                for half, shape in (("A", (2, *weight.shape[1:])), ("B", up)):
+                    state[f"transformer.{module}.lora_{half}.weight"] = torch.randn(shape, generator=generator) * 0.4
+            save_file(state, folder / f"{component}.safetensors")
+        return folder
+
+    return write
+
+
+def merged(make_pipeline, *weighted):
+    """The pipeline with published LoRAs added by hand: `(folder, strength)` each."""
+    pipeline = make_pipeline("kl")
+    for folder, strength in weighted:
+        for component in ("transformer", "vae"):
+            halves = load_file(folder / f"{component}.safetensors")
+            for key, down in halves.items():
+                if key.endswith("lora_A.weight"):
+                    up = halves[key.replace("lora_A", "lora_B")]
+                    module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+                    weight = getattr(pipeline, component).get_submodule(module).weight
+                    weight.data += strength * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    return pipeline
+
+
+def test_published_files_load_as_they_are(make_pipeline, picture, published):
+    folder = published("tsdsr")
+    expected = merged(make_pipeline, (folder, 1))(picture(8, 8), **SMALL).images
+    as_dict = {**load_file(folder / "transformer.safetensors"), **load_file(folder / "vae.safetensors")}
+    for source, arguments in (
+        (str(folder), {}),
+        (folder, {}),
+        (str(folder.parent), {"subfolder": folder.name}),
+        (as_dict, {}),
+    ):
+        pipeline = make_pipeline("kl")
+        pipeline.load_lora_weights(source, adapter_name="tsdsr", **arguments)
+        assert pipeline.get_list_adapters() == {"transformer": ["tsdsr"], "vae": ["tsdsr"]}
+        torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+
+    one_by_one = make_pipeline("kl")
+    for component in ("vae", "transformer"):
+        one_by_one.load_lora_weights(str(folder / f"{component}.safetensors"), adapter_name="tsdsr")
+        assert "tsdsr" in getattr(one_by_one, component).peft_config
+    torch.testing.assert_close(one_by_one(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+
+
+def test_one_file_of_our_own_goes_before_the_published_ones(make_pipeline, published, lora):
+    state, _ = lora
+    folder = published("both")
+    save_file(state, folder / FILE)
+    pipeline = make_pipeline("kl")
+    pipeline.load_lora_weights(str(folder))
+    assert pipeline.transformer.peft_config["default_0"].target_modules == {MODULES["transformer"]}
+
+
+# --- two LoRAs, mixed ------------------------------------------------------------------------------------------------
+
+
+def settings_of(pipeline):
+    """All that a call must leave as it is: weights, activity, strengths, what is trained."""
+    layers = {
+        f"{component}.{name}": (layer.active_adapters, layer.disable_adapters, dict(layer.scaling))
+        for component in ("transformer", "vae")
+        for name, layer in getattr(pipeline, component).named_modules()
+        if hasattr(layer, "lora_A") and hasattr(layer, "scaling")
+    }
+    weights = {
+        f"{component}.{name}": (tensor.detach().clone(), tensor.requires_grad)
+        for component in ("transformer", "vae")
+        for name, tensor in getattr(pipeline, component).named_parameters()
+    }
+    return layers, weights
+
+
+def assert_same_settings(before, after):
+    assert before[0] == after[0] and len(before[0]) == 4 and before[1].keys() == after[1].keys()
+    for name, (tensor, trained) in before[1].items():
+        assert torch.equal(tensor, after[1][name][0]) and trained == after[1][name][1], name
+
+
+def both(make_pipeline, published, names=("tsdsr", "tsdsr-mse")):
+    folders = [published(name, seed) for name, seed in (("first", 5), ("second", 6))]
+    pipeline = make_pipeline("kl")
+    for folder, name in zip(folders, names, strict=True):
+        pipeline.load_lora_weights(str(folder), adapter_name=name)
+    return pipeline, folders
+
+
+@pytest.mark.parametrize("names", [("tsdsr", "tsdsr-mse"), ("sharp", "faithful")], ids=str)
+def test_fidelity_mixes_the_two(make_pipeline, picture, published, names):
+    pipeline, (realism, faithful) = both(make_pipeline, published, names)
+    pipeline.set_adapters(list(names), [0.9, 0.2])
+    before, own = settings_of(pipeline), pipeline(picture(8, 8), **SMALL).images
+    results = []
+    for fidelity in (0, 0.25, 1):
+        results.append(pipeline(picture(8, 8), fidelity=fidelity, **SMALL).images)
+        expected = merged(make_pipeline, (realism, 1 - fidelity), (faithful, fidelity))(picture(8, 8), **SMALL).images
+        torch.testing.assert_close(results[-1], expected, rtol=0, atol=1e-5)
+        assert_same_settings(before, settings_of(pipeline))
+    assert (results[0] - results[2]).abs().max() > 1e-2
+    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, own, rtol=0, atol=0)
+
+
+def test_the_published_names_count_before_the_order(make_pipeline, picture, published):
+    pipeline, (faithful, realism) = both(make_pipeline, published, ("tsdsr-mse", "tsdsr"))
+    pipeline.load_lora_weights(str(published("third", 9)), adapter_name="third")
+    for fidelity, folder in ((0, realism), (1, faithful)):
+        expected = merged(make_pipeline, (folder, 1))(picture(8, 8), **SMALL).images
+        torch.testing.assert_close(
+            pipeline(picture(8, 8), fidelity=fidelity, **SMALL).images, expected, rtol=0, atol=1e-5
+        )
+
+
+def test_a_call_that_fails_leaves_the_mix_as_it_was(make_pipeline, picture, published):
+    pipeline, _ = both(make_pipeline, published)
+    pipeline.disable_lora()
+    before = settings_of(pipeline)
+
+    def breaks_off(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(picture(8, 8), fidelity=0.5, tile_callback=breaks_off, **SMALL)
+    assert_same_settings(before, settings_of(pipeline))
+
+
+def test_adapters_of_one_network_are_mixed_there(make_pipeline, picture, published):
+    folders = [published(name, seed) for name, seed in (("first", 5), ("second", 6))]
+    pipeline = make_pipeline("kl")
+    pipeline.load_lora_weights(str(folders[0]), adapter_name="tsdsr")
+    pipeline.load_lora_weights(str(folders[1] / "transformer.safetensors"), adapter_name="tsdsr-mse")
+    only = make_pipeline("kl")
+    only.load_lora_weights(str(folders[1] / "transformer.safetensors"))
+    torch.testing.assert_close(
+        pipeline(picture(8, 8), fidelity=1, **SMALL).images, only(picture(8, 8), **SMALL).images, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("fidelity", [-0.1, 1.5, "high", float("nan")])
+def test_fidelity_outside_its_range_is_refused(make_pipeline, picture, fidelity):
+    with pytest.raises(ValueError, match="`fidelity` must be a number from 0 to 1, not"):
+        make_pipeline("kl")(picture(8, 8), fidelity=fidelity, **SMALL)
+
+
+def test_fidelity_needs_two_that_are_not_fused(make_pipeline, picture, published):
+    pipeline = make_pipeline("kl")
+    with pytest.raises(ValueError, match=r"mixes two LoRAs.*loaded: none"):
+        pipeline(picture(8, 8), fidelity=0.5, **SMALL)
+    pipeline.load_lora_weights(str(published("one")), adapter_name="one")
+    with pytest.raises(ValueError, match=re.escape("loaded: ['one']")):
+        pipeline(picture(8, 8), fidelity=0.5, **SMALL)
+    pipeline.load_lora_weights(str(published("two", 6)), adapter_name="two")
+    pipeline.fuse_lora()
+    with pytest.raises(ValueError, match="unfuse_lora"):
+        pipeline(picture(8, 8), fidelity=0.5, **SMALL)
+    pipeline.unfuse_lora()
+    pipeline(picture(8, 8), fidelity=0.5, **SMALL)
+
+
+# --- strength, swapping, deleting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_strength_of_one_call_is_that_of_set_adapters(make_pipeline, picture, tmp_path, network, scale):
+    TSDSRPipeline.save_lora_weights(tmp_path, **trained(make_pipeline, network)[1])
+    pipeline = make_pipeline("kl", network=network)
+    pipeline.load_lora_weights(str(tmp_path), adapter_name="mine")
+    whole = pipeline(picture(40, 8), **SMALL).images  # in tiles
+    weaker = pipeline(picture(40, 8), joint_attention_kwargs={"scale": scale}, **SMALL).images
+    torch.testing.assert_close(pipeline(picture(40, 8), **SMALL).images, whole, rtol=0, atol=0)
+    pipeline.set_adapters("mine", scale)
+    torch.testing.assert_close(pipeline(picture(40, 8), **SMALL).images, weaker, rtol=0, atol=1e-5)
+    assert (weaker - whole).abs().max() > 1e-2
+
+
+def test_an_adapter_can_be_swapped_in_place(make_pipeline, picture, published):
+    first, second = published("first", 5), published("second", 6)
+    pipeline = make_pipeline("kl")
+    pipeline.load_lora_weights(str(first), adapter_name="mine")
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    held = layer.lora_A["mine"].weight
+    pipeline.load_lora_weights(str(second), adapter_name="mine", hotswap=True)
+    assert pipeline.get_list_adapters() == {"transformer": ["mine"], "vae": ["mine"]}
+    assert layer.lora_A["mine"].weight is held
+    expected = merged(make_pipeline, (second, 1))(picture(8, 8), **SMALL).images
+    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_another_rank_can_be_swapped_in_once_prepared(make_pipeline, picture, published, tmp_path):
+    pipeline = make_pipeline("kl")
+    pipeline.enable_lora_hotswap(target_rank=6)
+    pipeline.load_lora_weights(str(published("first", 5)), adapter_name="mine")
+    pipeline(picture(8, 8), **SMALL)
+    generator = torch.Generator().manual_seed(8)
+    state = {
+        "transformer.proj_out.lora_A.weight": torch.randn(5, 16, generator=generator) * 0.3,
+        "transformer.proj_out.lora_B.weight": torch.randn(16, 5, generator=generator) * 0.3,
+    }
+    pipeline.load_lora_weights(dict(state), adapter_name="mine", hotswap=True)
+    down, up = state.values()
+    weight = pipeline.transformer.proj_out.get_delta_weight("mine")
+    torch.testing.assert_close(weight, up @ down)
+    pipeline(picture(8, 8), joint_attention_kwargs={"scale": 0.5}, **SMALL)
+    torch.testing.assert_close(pipeline.transformer.proj_out.get_delta_weight("mine"), up @ down)
+
+
+def test_deleting_one_leaves_the_other(make_pipeline, picture, published):
+    pipeline, (first, second) = both(make_pipeline, published)
+    pipeline.set_adapters(["tsdsr", "tsdsr-mse"], [1.0, 0.5])
+    torch.testing.assert_close(
+        pipeline(picture(8, 8), **SMALL).images,
+        merged(make_pipeline, (first, 1), (second, 0.5))(picture(8, 8), **SMALL).images,
+        rtol=0,
+        atol=1e-5,
+    )
+    pipeline.delete_adapters("tsdsr-mse")
+    assert pipeline.get_list_adapters() == {"transformer": ["tsdsr"], "vae": ["tsdsr"]}
+    expected = merged(make_pipeline, (first, 1))(picture(8, 8), **SMALL).images
+    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+
+
+def test_loaded_loras_are_not_saved_with_the_weights(make_pipeline, picture, published, tmp_path):
+    pipeline = make_pipeline("kl")
+    pipeline.load_lora_weights(str(published("first")))
+    expected = pipeline(picture(8, 8), **SMALL).images
+    with pytest.raises(ValueError, match=r"`fuse_lora\(\)` and `unload_lora_weights\(\)` first"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = TSDSRPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(loaded(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-4)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import CLIPTextConfig, CLIPTokenizer
 
 import tsdsr
 from tsdsr.imaging import Picture, write
@@ -125,30 +124,3 @@ def losses(output_dir: Path) -> list[dict]:
 def read_losses() -> Callable[[Path], list[dict]]:
     """`losses` as a fixture."""
     return losses
-
-
-@pytest.fixture(scope="session")
-def clip_tokenizer() -> CLIPTokenizer:
-    """One that knows letters, eight tokens long."""
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(vocabulary)}, merges=[], model_max_length=8
-    )
-
-
-@pytest.fixture(scope="session")
-def clip_config() -> Callable[[], CLIPTextConfig]:
-    """A function that describes a tiny CLIP text encoder."""
-    return lambda: CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )

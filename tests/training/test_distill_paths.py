@@ -23,13 +23,13 @@ from transformers import (
 
 from tsdsr import TSDSRPipeline
 from tsdsr.imaging import Picture, find_images, read, write
+from tsdsr.pipelines.text import load_text_encoder
 from tsdsr.training import distill as module
 from tsdsr.training.config import ConfigError
 from tsdsr.training.data import PreparedShards, load_uint8
 from tsdsr.training.data.prepare import prepare
 from tsdsr.training.distill import distill
 from tsdsr.training.networks import STUDENT, TEACHER, Networks
-from tsdsr.training.text import load_text_encoder
 
 
 def trained(output_dir, step):

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...imaging import Picture, write
 from ...pipelines.loading import DTYPES, EMBEDDED, choose_device
+from ...pipelines.text import TextEncoder, load_text_encoder
 from ..draws import PLACES, draws
-from ..text import TextEncoder, load_text_encoder
 from .loader import draw
 from .sources import DATASET_FILE, NULL_PROMPT_FILE, Folder, UnreadableImage, prompt_key
 

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from tsdsr.imaging import read
+from tsdsr.pipelines.text import load_text_encoder
 from tsdsr.training.data import BatchSettings, PreparedShards, UnreadableImage, load_uint8, training_batches
 from tsdsr.training.data.prepare import prepare
-from tsdsr.training.text import load_text_encoder
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The one error of this room."""
+"""The one error for weights that cannot be used."""
 
 
 class CheckpointError(ValueError):
