@@ -72,7 +72,7 @@ def push(
 
         disable_progress_bar()  # of loading, which is written to log files too
         source = EMBEDDED if model == "embedded" else Path(model)
-        samples = () if no_sample else sample or None
+        samples = () if no_sample else sample
         if dry_run:
             folder = output or Path(repo_id.replace("/", "--"))
             files = hub.prepare_repository(

@@ -81,6 +81,13 @@ def upscale(
         Path | None,
         typer.Option(metavar="DIR", help="Another prompt than the model's own, as `tsdsr embed` writes it."),
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option("--lora", metavar="DIR", help="LoRA over the model, published or trained; two for --fidelity."),
+    ] = None,
+    fidelity: Annotated[
+        float | None, typer.Option(help="Mix of two LoRAs, from 0, the first (realism), to 1, the second (fidelity).")
+    ] = None,
     upscale: Annotated[
         float | None, typer.Option("--upscale", "-s", help="Factor, 1 or more; may be a fraction.")
     ] = None,
@@ -107,9 +114,10 @@ def upscale(
     """Upscale pictures. Options left out have the defaults of the pipeline."""
     settings = Settings(
         model=model,
-        loading=_given(prompt_embeddings=prompt_embeddings, dtype=_value(dtype), device=device),
+        loading=_given(prompt_embeddings=prompt_embeddings, lora=lora, dtype=_value(dtype), device=device),
         calling=_given(
             upscale=upscale,
+            fidelity=fidelity,
             color_fix=_value(color_fix),
             tile_size=tile_size,
             tile_overlap=tile_overlap,
@@ -125,6 +133,8 @@ def upscale(
     with one_sentence(debug):
         from ..imaging import SUPPORTED_OUTPUT_SUFFIXES, find_images
 
+        if lora and len(lora) > 1 and fidelity is None:
+            raise ValueError("two LoRAs are mixed: say how with --fidelity, from 0 to 1, or name one.")
         sources = collect(inputs, find_images)
         factor = _pipeline_default if upscale is None else lambda: upscale
         jobs = plan(sources, output, _value(file_format), factor, SUPPORTED_OUTPUT_SUFFIXES)

@@ -189,18 +189,13 @@ def push_pipeline(
         The address of the repository, or of the pull request.
 
     Raises:
-        ValueError: for LoRAs that are not fused, pickles, and a subfolder, which no pipeline can be loaded from.
+        ValueError: for pickles, a subfolder, which no pipeline can be loaded from, and what cannot be saved.
         OSError: one sentence, if it cannot be uploaded.
     """
     if not safe_serialization:
         raise ValueError("Weights are uploaded as safetensors alone; leave `safe_serialization` out.")
     if subfolder:
         raise ValueError("A pipeline is a repository of its own; leave `subfolder` out.")
-    if any(pipeline.get_list_adapters().values()):
-        raise ValueError(
-            "This pipeline has LoRAs beside its weights; call `fuse_lora()` and `unload_lora_weights()` to upload both"
-            " as one, or upload the LoRA's own folder."
-        )
     repo_id = full_repo_id(repo_id, token)
     with tempfile.TemporaryDirectory() as scratch:
         saved, folder = Path(scratch, "saved"), Path(scratch, "repository")

@@ -1,6 +1,7 @@
 """From the name of a model to a pipeline that is ready to run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def load_pipeline(
     model: str | Path = "embedded",
     *,
     prompt_embeddings: str | Path | None = None,
+    lora: Sequence[str | Path] = (),
     dtype: str | None = None,
     device: str = "auto",
 ) -> TSDSRPipeline:
@@ -45,13 +47,15 @@ def load_pipeline(
         model: "embedded" for the model that ships with the package, a pipeline folder, or a Hub id. A LoRA file
             beside `model_index.json` is loaded too.
         prompt_embeddings: folder of a saved `PromptEmbeddings` (`tsdsr embed` writes one) in place of the model's own.
+        lora: local folders or files of LoRAs, in the published layout or ours; of two, the first is for realism, the
+            second for fidelity, which the call's `fidelity` mixes.
         dtype: "fp32", "fp16", "bf16", or "auto" (also None): fp32 on a CPU, else bf16 where the device computes in
             it, else fp16.
         device: "auto", or a torch device such as "cpu", "cuda:1", "mps".
 
     Raises:
-        ValueError: for an unknown dtype, an absent device, a folder that is not a pipeline, or a prompt that is none or
-            of other widths than the model's.
+        ValueError: for an unknown dtype, an absent device, a folder that is not a pipeline, a prompt that is none or
+            of other widths than the model's, or a LoRA that is none.
         OSError: for a Hub id that cannot be found or reached.
     """
     target = choose_device(device)
@@ -80,6 +84,17 @@ def load_pipeline(
         _check_widths(pipeline, prompt_embeddings)
     if local and Path(name, LORA_FILE).is_file():
         pipeline.load_lora_weights(name, weight_name=LORA_FILE, local_files_only=True)
+    for number, source in enumerate(lora):
+        if not Path(source).exists():
+            raise ValueError(f"The LoRA {source} does not exist; check the path.")
+        name = f"lora_{number}"
+        try:
+            pipeline.load_lora_weights(str(source), adapter_name=name, local_files_only=True)
+            found = any(name in adapters for adapters in pipeline.get_list_adapters().values())
+        except (ValueError, RuntimeError):  # other keys, other layers, other shapes
+            found = False
+        if not found:
+            raise ValueError(f"{source} holds no LoRA for this model; name one that was made for its base.")
     prefer_channels_last(pipeline.vae, target)
     return pipeline.to(target)
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..models.attention import check_not_fused
@@ -136,16 +138,19 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
                     )
                 # Where a file states the settings of only some networks, those of the others follow from the weights.
                 stated = any(key.startswith(f"{name}.") for key in metadata or ())
-                network.load_lora_adapter(
-                    layers,
-                    prefix=name,
-                    network_alphas=None,
-                    adapter_name=adapter_name,
-                    metadata=metadata if stated else None,
-                    _pipeline=self,
-                    low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False),
-                    hotswap=hotswap,
-                )
+                with warnings.catch_warnings():
+                    # Several LoRAs side by side are what this method is for.
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                    network.load_lora_adapter(
+                        layers,
+                        prefix=name,
+                        network_alphas=None,
+                        adapter_name=adapter_name,
+                        metadata=metadata if stated else None,
+                        _pipeline=self,
+                        low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False),
+                        hotswap=hotswap,
+                    )
 
     @classmethod
     def save_lora_weights(
@@ -206,6 +211,37 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
                 safe_serialization=safe_serialization,
             )
             os.replace(Path(partial, file_name), folder / file_name)
+
+    def save_lora_adapter(
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str | None = None
+    ) -> None:
+        """Write a loaded LoRA into one file with its settings, however it was loaded.
+
+        Args:
+            save_directory: made where it does not exist; the file is `pytorch_lora_weights.safetensors` in it.
+            adapter_name: may be left out where only one is loaded.
+            weight_name: another name of the file.
+
+        Raises:
+            ValueError: if there is no such LoRA.
+            OSError: if the file cannot be written.
+        """
+        loaded = self.get_list_adapters()
+        names = sorted({name for component in loaded.values() for name in component})
+        if adapter_name is None and len(names) == 1:
+            adapter_name = names[0]
+        if adapter_name not in names:
+            raise ValueError(
+                f"`adapter_name` must be one of the loaded LoRAs ({names or 'none'}), not {adapter_name!r}."
+            )
+        arguments: dict[str, Any] = {}
+        for component, adapters in loaded.items():
+            if adapter_name in adapters:
+                network = getattr(self, component)
+                layers = get_peft_model_state_dict(network, adapter_name=adapter_name)
+                arguments[f"{component}_lora_layers"] = {name: layer.contiguous() for name, layer in layers.items()}
+                arguments[f"{component}_lora_adapter_metadata"] = network.peft_config[adapter_name].to_dict()
+        self.save_lora_weights(save_directory, weight_name=weight_name, **arguments)
 
     def mix_adapters(self, fidelity: float) -> None:
         """Activate the realism adapter at strength 1 - fidelity and the fidelity adapter at strength fidelity.

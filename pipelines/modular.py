@@ -79,8 +79,6 @@ class TSDSRTextEncoderStep(ModularPipelineBlocks):
         if block_state.prompt is not None:
             if block_state.prompt_embeds is not None:
                 raise ValueError("Pass either `prompt` or `prompt_embeds`, not both.")
-            if components.text_encoder is None:
-                raise ValueError("`prompt` needs the base model's text encoders: load them, or leave `prompt` out.")
             block_state.prompt_embeds, _, block_state.pooled_prompt_embeds, _ = _pipeline(components).encode_prompt(
                 block_state.prompt, device=components._execution_device, do_classifier_free_guidance=False
             )

@@ -65,6 +65,7 @@ def test_random_weights_are_a_pipeline_that_makes_a_picture(model):
         ("bf16", None),
         ("vae_tiles", None),
         ("fp8", None),
+        ("fp8_modulation", None),
         ("int8", "torchao"),
         ("int8_dynamic", "torchao"),
         ("int4", "torchao"),

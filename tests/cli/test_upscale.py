@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tsdsr.cli import upscale as command
 from tsdsr.cli.progress import Display
@@ -50,6 +52,59 @@ def test_a_pipeline_over_a_unet(tsdsr, make_pipeline, small_tiles, photo, tmp_pa
     picture = photo(tmp_path / "a.png", 13, 9)
     assert_done(tsdsr("upscale", "-m", tmp_path / "model", *small_tiles, picture, "-o", tmp_path / "b.png"))
     assert size(tmp_path / "b.png") == (52, 36)
+
+
+@pytest.fixture
+def loras(kl_model, tmp_path):
+    """Two published folders with LoRAs on one layer of the VAE and one of the transformer each."""
+    folders = []
+    for seed in (1, 2):
+        generator, folder = torch.Generator().manual_seed(seed), tmp_path / f"lora{seed}"
+        folder.mkdir()
+        for side, module, out, rest in (
+            ("vae", "encoder.conv_in", 8, (3, 3, 3)),
+            ("transformer", "proj_out", 16, (16,)),
+        ):
+            down = torch.randn(2, *rest, generator=generator)
+            up = torch.randn(out, 2, *(1 for _ in rest[1:]), generator=generator)
+            state = {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
+            save_file(state, folder / f"{side}.safetensors")
+        folders.append(folder)
+    return folders
+
+
+def test_loras_and_their_mix(tsdsr, kl_model, loras, small_tiles, photo, tmp_path):
+    picture = photo(tmp_path / "a.png", 13, 9)
+    both = ("--lora", loras[0], "--lora", loras[1])
+    results = []
+    for number, options in enumerate(
+        [(), ("--lora", loras[0]), (*both, "--fidelity", 0), (*both, "--fidelity", 1), ("--lora", loras[1])]
+    ):
+        output = tmp_path / f"{number}.png"
+        assert_done(tsdsr("upscale", "-m", kl_model, *small_tiles, *options, picture, "-o", output))
+        results.append(np.asarray(Image.open(output)).astype(int))
+    plain, first, mixed_first, mixed_second, second = results
+    assert np.abs(first - mixed_first).max() <= 1 and np.abs(second - mixed_second).max() <= 1
+    assert np.abs(first - plain).max() > 20 and np.abs(first - second).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--lora", "{0}", "--lora", "{1}"), "--fidelity"),
+        (("--lora", "{0}", "--fidelity", "0.5"), "loaded: ['lora_0']"),
+        (("--lora", "{0}", "--lora", "{1}", "--fidelity", "2"), "from 0 to 1"),
+        (("--lora", "nowhere"), "LoRA nowhere does not exist"),
+        (("--lora", "{model}/vae"), "holds no LoRA for this model"),
+        (("--lora", "{0}", "--model", "embedded"), "holds no LoRA for this model"),
+    ],
+)
+def test_loras_that_cannot_be_used(tsdsr, kl_model, loras, small_tiles, photo, tmp_path, options, named):
+    options = [option.format(*loras, model=kl_model) for option in options]
+    picture = photo(tmp_path / "a.png")
+    result = tsdsr("upscale", "-m", kl_model, *small_tiles, *options, picture, "-o", tmp_path / "b.png")
+    assert result.exit_code == 2 and named in result.stderr, result.output
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "b.png").exists()
 
 
 def test_output_file_decides_the_format(upscale, photo, files, tmp_path):

@@ -79,12 +79,14 @@ def test_only_what_belongs_there(model, prepare, tmp_path):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(b"rubbish")
     (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "a").mkdir()
+    model = model.rename(tmp_path / "a" / "model")
     (model / "images").mkdir()
     (model / "images" / "a b.png").symlink_to(tmp_path / "blob")  # as in the Hub's cache
     (tmp_path / "blob").write_bytes(b"shown")
     (model / "images" / "not.png").write_bytes(b"not shown")
     (model / "README.md").write_text(
-        f"![a](images/a%20b.png) ![s](../secret.png) ![t]({tmp_path}/secret.png) ![m]({model}/here.png)"
+        f"![a](images/a%20b.png) ![s](../../secret.png) ![t]({tmp_path}/secret.png) ![m]({model}/here.png)"
     )
     (model / "here.png").write_bytes(b"shown")
     edit_json(model / "model_index.json", **{"../photos": ["diffusers", "AutoencoderKL"]})
@@ -205,6 +207,7 @@ def list_pickle(model):
 def truncate(model):
     file = model / "vae" / WEIGHTS
     file.write_bytes(file.read_bytes()[:-1])
+    (model / "README.md").write_text("# A card\n")
 
 
 def drop_shard(model):
@@ -550,7 +553,9 @@ def test_a_pipeline_in_memory(fake_hub, model):
     assert str(model).encode() not in b"".join(files.values())
 
 
-def test_a_pipeline_that_was_never_saved(fake_hub, make_pipeline):
+def test_a_pipeline_that_was_never_saved(fake_hub, make_pipeline, monkeypatch):
+    """It makes the picture itself: there is no second copy in memory."""
+    monkeypatch.setattr(hub, "_load", None)
     pipeline = make_pipeline()
     pipeline.transformer.proj_out.bias.data += 1
     push_pipeline(pipeline, "someone/model", create_pr=True)

@@ -311,6 +311,32 @@ def test_one_file_of_our_own_goes_before_the_published_ones(make_pipeline, publi
     assert pipeline.transformer.peft_config["default_0"].target_modules == {MODULES["transformer"]}
 
 
+def test_published_files_become_one(make_pipeline, picture, published, tmp_path):
+    pipeline = make_pipeline("kl")
+    for name, seed in (("first", 5), ("second", 6)):
+        pipeline.load_lora_weights(str(published(name, seed)), adapter_name=name)
+    with pytest.raises(ValueError, match=re.escape("one of the loaded LoRAs (['first', 'second']), not None")):
+        pipeline.save_lora_adapter(tmp_path / "one")
+    pipeline.save_lora_adapter(tmp_path / "one", "second")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [FILE]
+    with safe_open(tmp_path / "one" / FILE, "pt") as file:
+        stated = json.loads(file.metadata()["lora_adapter_metadata"])
+        keys = set(file.keys())
+    for component in ("transformer", "vae"):
+        assert stated[f"{component}.r"] == stated[f"{component}.lora_alpha"] == 2
+        modules = {key.split(".lora_")[0] for key in keys if key.startswith(f"{component}.")}
+        assert modules == {f"{component}.{module}" for module in stated[f"{component}.target_modules"]} != set()
+
+    loaded = make_pipeline("kl")
+    loaded.load_lora_weights(str(tmp_path / "one"))
+    pipeline.set_adapters("second")
+    torch.testing.assert_close(
+        loaded(picture(8, 8), **SMALL).images, pipeline(picture(8, 8), **SMALL).images, rtol=0, atol=1e-5
+    )
+    loaded.save_lora_adapter(tmp_path / "again")  # the only one
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "one" / FILE).read_bytes()
+
+
 # --- two LoRAs, mixed ------------------------------------------------------------------------------------------------
 
 

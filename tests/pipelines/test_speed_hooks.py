@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -60,13 +60,28 @@ def test_attention_backends(pipeline, enlarge, backend):
     torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
 
 
-def test_the_backend_is_used_in_the_denoiser_and_not_in_the_vae(pipeline, enlarge):
-    pipeline.set_attention_backend("_native_cudnn")  # for Nvidia's GPUs alone
+NEEDS_A_GPU = "_native_cudnn"  # so that a network that heeds it fails here
+
+
+def test_the_backend_is_that_of_the_denoiser_alone(pipeline, enlarge, make_pipeline):
+    other = make_pipeline("kl")
+    pipeline.set_attention_backend(NEEDS_A_GPU)
     with pytest.raises((RuntimeError, ValueError)):
         enlarge(pipeline)
-    # diffusers' own way works as well.
-    pipeline.denoiser.set_attention_backend("native")
+    enlarge(other)
+    for layer in attentions(pipeline.vae):
+        assert layer.processor._attention_backend is None
+    pipeline.set_attention_backend("native")
     enlarge(pipeline)
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae"])
+def test_the_networks_own_switch_of_backends_works(make_pipeline, enlarge, name):
+    pipeline = make_pipeline("kl")
+    with attention_backend("native"):  # else it stays the default of everything after this test
+        getattr(pipeline, name).set_attention_backend(NEEDS_A_GPU)
+    with pytest.raises((RuntimeError, ValueError)):
+        enlarge(pipeline)
 
 
 def test_repeated_blocks_are_compiled(pipeline, enlarge, compiler):
