@@ -75,6 +75,8 @@ def push(
         samples = () if no_sample else sample
         if dry_run:
             folder = output or Path(repo_id.replace("/", "--"))
+            if folder.exists() and not overwrite:
+                raise ValueError(f"{folder} exists; name another with --output, or replace it with --overwrite.")
             files = hub.prepare_repository(
                 source, folder, repo_id, include_code=include_code, samples=samples, overwrite=overwrite
             )

@@ -205,7 +205,11 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
             cls._save_lora_weights(
                 save_directory=partial,
                 lora_layers={name: layers for name, (layers, _) in given.items()},
-                lora_metadata={name: metadata for name, (_, metadata) in given.items()},
+                # Sets in an order, so that the same LoRA gives the same file.
+                lora_metadata={
+                    name: metadata and {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+                    for name, (_, metadata) in given.items()
+                },
                 weight_name=file_name,
                 save_function=save_function,
                 safe_serialization=safe_serialization,
