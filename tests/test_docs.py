@@ -104,6 +104,8 @@ def examples(page: str) -> str:
     parts = []
     for language, text in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
         commands = [line.split("#")[0].rstrip() for line in text.replace("\\\n", " ").splitlines()]
+        if text.startswith("# GPU"):
+            continue
         if language == "python":
             parts.append(text)
         elif language == "sh" and all(line.startswith("tsdsr ") for line in commands if line):
@@ -112,7 +114,7 @@ def examples(page: str) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "embedded/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/memory.md", "embedded/README.md"])
 def test_examples_run(place, page):
     # In one process, because starting one takes as long as most examples.
     prelude = (

@@ -86,29 +86,39 @@ def test_the_code_of_the_card_runs(tsdsr, photo, monkeypatch, tmp_path):
 
 
 def test_there_and_back(tsdsr, fake_hub, tmp_path):
-    """The command uploads what a dry run writes; whoever loads it from the Hub gets the same picture."""
-    assert tsdsr("push", "embedded", NAME, "--dry-run", "-o", tmp_path / "dry").exit_code == 0
-    result = tsdsr("push", "embedded", NAME)
+    """The command uploads what a dry run writes; whoever loads it from the Hub gets the same picture, with this package
+    (whose own code then runs) or without."""
+    assert tsdsr("push", "embedded", NAME, "--include-code", "--dry-run", "-o", tmp_path / "dry").exit_code == 0
+    result = tsdsr("push", "embedded", NAME, "--include-code")
     assert result.stdout == f"Uploaded to {fake_hub.url}/{NAME}\n", result.output
     assert fake_hub.repositories == {NAME: tree(tmp_path / "dry")}
     assert "images/before_after_1.jpg" in fake_hub.repositories[NAME]
-    code = (
-        "import sys, numpy\n"
-        "from diffusers.utils import load_image\n"
-        "from tsdsr import TSDSRPipeline\n"
-        f"pipe = TSDSRPipeline.from_pretrained('{NAME}')\n"
-        "numpy.save(sys.argv[1], pipe(load_image(sys.argv[2]), process_size=0).images[0])\n"
-    )
     photograph, picture = tmp_path / "photograph.png", tmp_path / "picture.npy"
     Image.open(SAMPLE).resize((40, 30)).save(photograph)
-    subprocess.run(
-        [sys.executable, "-c", code, str(picture), str(photograph)],
-        check=True,
-        env={**os.environ, **fake_hub.environment(tmp_path / "home")},
-    )
-    assert f"GET /api/models/{NAME}" in fake_hub.paths
     expected = TSDSRPipeline.from_pretrained(EMBEDDED)(Image.open(photograph), process_size=0).images[0]
-    assert np.array_equal(np.load(picture), np.asarray(expected))
+    with_package = f"from tsdsr import TSDSRPipeline\npipe = TSDSRPipeline.from_pretrained('{NAME}')\n"
+    without = (
+        "sys.modules['tsdsr'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained('{NAME}', trust_remote_code=True)\n"
+    )
+    for home, load in (("with", with_package), ("without", without)):
+        code = (
+            "import sys, numpy\n"
+            f"{load}"
+            "from diffusers.utils import load_image\n"
+            "numpy.save(sys.argv[1], pipe(load_image(sys.argv[2]), process_size=0).images[0])\n"
+        )
+        fake_hub.paths.clear()
+        subprocess.run(
+            [sys.executable, "-c", code, str(picture), str(photograph)],
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, **fake_hub.environment(tmp_path / home)},
+        )
+        assert f"GET /api/models/{NAME}" in fake_hub.paths
+        assert np.array_equal(np.load(picture), np.asarray(expected))
+        picture.unlink()
 
 
 @pytest.fixture
