@@ -270,7 +270,7 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
                 if layer.merged:
                     raise ValueError("`fidelity` cannot mix LoRAs that are fused; call `unfuse_lora()` first.")
                 layer._disable_adapters = False
-                layer._active_adapter = [name for name in pair if name in layer.scaling]
+                layer._active_adapter = list(pair)
                 for name, strength in zip(pair, (1 - fidelity, fidelity), strict=True):
                     layer.set_scale(name, strength)
 

@@ -398,10 +398,12 @@ def test_the_published_names_count_before_the_order(make_pipeline, picture, publ
         )
 
 
-def test_a_call_that_fails_leaves_the_mix_as_it_was(make_pipeline, picture, published):
+def test_disabled_loras_are_mixed_and_a_call_that_fails_leaves_them_disabled(make_pipeline, picture, published):
     pipeline, _ = both(make_pipeline, published)
+    active = pipeline(picture(8, 8), fidelity=0.5, **SMALL).images
     pipeline.disable_lora()
     before = settings_of(pipeline)
+    torch.testing.assert_close(pipeline(picture(8, 8), fidelity=0.5, **SMALL).images, active, rtol=0, atol=0)
 
     def breaks_off(progress):
         raise KeyboardInterrupt
