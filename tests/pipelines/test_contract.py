@@ -55,6 +55,12 @@ def test_without_a_prompt_of_its_own(make_pipeline, picture, tmp_path):
     torch.testing.assert_close(pipeline(picture(8, 8), **SMALL, **embeds).images, whole(picture(8, 8), **SMALL).images)
 
 
+def test_a_vae_of_another_model_is_refused(make_pipeline, folder):
+    vae = AutoencoderKL(latent_channels=3, norm_num_groups=1, block_out_channels=(8,))
+    with pytest.raises(ValueError, match="latents have 3 channels, but the network reads 4"):
+        TSDSRPipeline.from_pretrained(folder, vae=vae)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
