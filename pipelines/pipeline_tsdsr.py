@@ -184,19 +184,6 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         """Of every call: one."""
         return 1
 
-    @property
-    def _encodes_as_sd2(self) -> bool:
-        return self.unet is not None or (self.transformer is None and self.text_encoder_2 is None)
-
-    def _check_text_encoders(self) -> None:
-        names = ["text_encoder", "tokenizer", *([] if self._encodes_as_sd2 else ["text_encoder_2", "tokenizer_2"])]
-        absent = [name for name in names if getattr(self, name) is None]
-        if absent:
-            raise ValueError(
-                f"`prompt` needs the base model's text encoders, but this pipeline was loaded without {absent[0]}; "
-                "leave `prompt` out to use the built-in one, or load the pipeline with text encoders and tokenizers."
-            )
-
     def encode_prompt(
         self,
         prompt: str | list[str],
@@ -227,7 +214,14 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         Raises:
             ValueError: if the pipeline has not all of the text encoders.
         """
-        self._check_text_encoders()
+        of_sd2 = self.unet is not None or (self.transformer is None and self.text_encoder_2 is None)
+        needed = ["text_encoder", "tokenizer", *([] if of_sd2 else ["text_encoder_2", "tokenizer_2"])]
+        absent = [name for name in needed if getattr(self, name) is None]
+        if absent:
+            raise ValueError(
+                f"`prompt` needs the base model's text encoders, but this pipeline was loaded without {absent[0]}; "
+                "leave `prompt` out to use the built-in one, or load the pipeline with text encoders and tokenizers."
+            )
         shared = {
             "device": device,
             "num_images_per_prompt": num_images_per_prompt,
@@ -235,7 +229,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             "negative_prompt": negative_prompt,
             **kwargs,
         }
-        if self._encodes_as_sd2:
+        if of_sd2:
             pooled_prompt_embeds = negative_pooled_prompt_embeds = None
             prompt_embeds, negative_prompt_embeds = StableDiffusionPipeline.encode_prompt(self, prompt, **shared)
         else:
@@ -287,8 +281,6 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             isinstance(text, str) for text in (prompt if isinstance(prompt, list) else [prompt])
         ):
             raise ValueError(f"`prompt` must be a string or a list of them, not {type(prompt).__name__}.")
-        if prompt is not None:
-            self._check_text_encoders()
         if self.unet is not None and pooled_prompt_embeds is not None:
             raise ValueError("A UNet takes no `pooled_prompt_embeds`; pass `prompt_embeds` alone.")
         if self.unet is None and (prompt_embeds is None) != (pooled_prompt_embeds is None):
