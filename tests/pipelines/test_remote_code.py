@@ -66,10 +66,9 @@ def run_alone(tmp_path, picture):
     return run
 
 
-@pytest.mark.parametrize("network", ["transformer", "unet"])
-def test_without_the_package(make_pipeline, picture, tmp_path, run_alone, network):
+def test_without_the_package(make_pipeline, picture, tmp_path, run_alone):
     arguments = {"process_size": 32, "tile_size": 32, "tile_overlap": 8, "output_type": "np"}
-    pipeline = make_pipeline("kl", network=network)
+    pipeline = make_pipeline("kl")
     expected = [pipeline(picture(20, 8), **arguments).images]
     pipeline.save_pretrained(tmp_path / "model", include_code=True)
     for name in ("tsdsr", "tsdsr-mse"):
