@@ -1,12 +1,8 @@
 """Published TSD-SR weights -> one folder for `TSDSRPipeline.from_pretrained`."""
 
 import json
-import os
 import pickle
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,7 @@ from ..models.headers import (
 from ..models.licences import known_base, licence_of
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines import model_card
+from ..pipelines.folders import whole_folder
 from .layout import (
     EMBEDDING_FILES,
     LORA_FILES,
@@ -122,7 +119,7 @@ def convert_tsdsr(
     # Here, because the pipeline imports transformers: a flaw above is reported without that wait.
     from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 
-    with _whole_folder(output) as folder:
+    with whole_folder(output) as folder:
         networks = {
             side: _load_network(component, {} if keep_lora else deltas[side], target)
             for side, component in components.items()
@@ -441,27 +438,3 @@ def _save_lora(
         config[f"{component}.target_modules"] = sorted(lora)
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     save_file(tensors, path, metadata=metadata)
-
-
-@contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or leaves nothing behind on any error."""
-    made = [parent for parent in output.parents if not parent.exists()]
-    token = uuid.uuid4().hex[:8]
-    partial = output.with_name(f".{output.name}.{token}.partial")
-    retired = output.with_name(f".{output.name}.{token}.old")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            os.replace(output, retired)
-        os.replace(partial, output)
-    except BaseException:  # Ctrl-C as well
-        if retired.exists() and not output.exists():
-            os.replace(retired, output)
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
-    shutil.rmtree(retired, ignore_errors=True)

@@ -41,9 +41,9 @@ def embed(
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
+        from ..pipelines.folders import whole_folder
         from ..pipelines.loading import DTYPES, choose_device, holds_prompt
         from ..pipelines.text import TruncatedPromptWarning, embed_prompt
-        from ..training.checkpointing import whole_folder
 
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()  # of loading, which is written to log files too

@@ -21,6 +21,7 @@ from ..models.headers import read_header, read_json
 from ..models.licences import known_base, licence_of, read_front_matter
 from ..models.prompt_embeddings import PromptEmbeddings
 from . import model_card
+from .folders import whole_folder
 from .loading import LORA_FILE, choose_device
 from .memory import is_out_of_memory
 from .pipeline_tsdsr import TSDSRPipeline
@@ -97,17 +98,11 @@ def prepare_repository(
         if not target.is_dir() or (any(target.iterdir()) and not any((target / name).is_file() for name in ours)):
             raise FileExistsError(f"{target} holds something other than a model and is not overwritten; move it.")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, because a rename is atomic only within one file system.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        folder = Path(scratch, "new")
+    with whole_folder(target) as folder:
         if is_pipeline:
             _write_pipeline(source, folder, repo_id, include_code, samples, pipeline)
         else:
             _write_lora(source, folder, repo_id)
-        if target.exists():
-            os.replace(target, Path(scratch, "old"))
-        os.replace(folder, target)
     return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
 
 

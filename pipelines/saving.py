@@ -18,7 +18,7 @@ def of_package(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}{module}":
             raise
-        raise ImportError("This needs the package tsdsr itself: pip install tsdsr.") from error
+        raise ImportError("This needs the package tsdsr itself; here is only its code that runs a model.") from error
 
 
 class TSDSRSavingMixin:
@@ -69,7 +69,7 @@ class TSDSRSavingMixin:
             if getattr(getattr(self, name), "peft_config", None):
                 raise ValueError(
                     f"LoRAs lie beside the weights of `{name}`, and a folder saved so could not be loaded: call "
-                    "`fuse_lora()` and `unload_lora_weights()` first, or save the LoRAs with `save_lora_weights`."
+                    "`fuse_lora()` and `unload_lora_weights()` first, or save the LoRAs with `save_lora_adapter`."
                 )
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(save_directory).name)
         to_hub = {

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +23,6 @@ _TRAINED = "trained.safetensors"
 def _step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
-
-
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder that is written beside its place and put there when it is whole; the one before goes then."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Checkpoints:

@@ -18,9 +18,9 @@ from torch import Tensor
 from .. import __version__
 from ..models.licences import licence_of
 from ..pipelines import model_card
+from ..pipelines.folders import whole_folder
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import EMBEDDING_FILES, Base
-from .checkpointing import whole_folder
 from .config import ConfigError, DistillConfig, reason
 from .networks import STUDENT, Networks, SharedBase
 

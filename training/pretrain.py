@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..models.prompt_embeddings import PromptEmbeddings
+from ..pipelines.folders import whole_folder
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
-from .checkpointing import Checkpoints, whole_folder
+from .checkpointing import Checkpoints
 from .config import ConfigError, DistillConfig, reason, typed_as
 from .data import BatchSettings
 from .draws import PRETRAINING, draws

@@ -1,6 +1,7 @@
 """Conversion of the published layout: what is written, and that it appears whole or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,14 +382,14 @@ def test_a_failure_while_writing_leaves_nothing(merged, layout, convert, tree, t
 def test_a_failure_of_the_last_rename_brings_the_old_folder_back(merged, layout, convert, tree, tmp_path, monkeypatch):
     shutil.copytree(merged, tmp_path / "out")
     before = tree(tmp_path)
-    replace = convert_module.os.replace
+    replace = os.replace
 
     def fail(source, target):
         if str(source).endswith(".partial"):
             raise OSError("in use")
         replace(source, target)
 
-    monkeypatch.setattr(convert_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="in use"):
         convert(layout, tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == before
