@@ -27,7 +27,8 @@ upscale: $(VENV)/core.stamp
 	@$(OFFLINE) $(VENV)/bin/tsdsr upscale $${TSDSR_OUT:+--output="$$TSDSR_OUT"} $(ARGS) -- "$$TSDSR_IMAGE"
 
 test: $(VENV)/dev.stamp
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+	@# One process a core, with one thread each.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n logical --dist loadgroup $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import convert, embed, info, prepare, push, upscale
+from . import compare, convert, embed, evaluate, info, prepare, push, upscale
+from .several import SeveralValues
 
 app = typer.Typer(
     name="tsdsr",
@@ -24,6 +25,8 @@ app.command("info")(info.info)
 app.command("prepare")(prepare.prepare)
 app.command("embed")(embed.embed)
 app.command("push")(push.push)
+app.command("evaluate", cls=SeveralValues)(evaluate.evaluate)
+app.command("compare", cls=SeveralValues)(compare.compare)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ FACES = {"cli", "comfy_nodes"}
 MAY_IMPORT = {
     "cli": {"pipelines", "training", "evaluation", "imaging", "checkpoints"},
     "comfy_nodes": {"pipelines", "training", "evaluation", "imaging", "checkpoints"},
-    "training": {"pipelines", "models", "imaging"},
+    "training": {"evaluation", "pipelines", "models", "imaging"},
     "evaluation": {"pipelines", "models", "imaging"},
     "checkpoints": {"pipelines", "models"},
     "pipelines": {"models"},

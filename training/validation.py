@@ -1,9 +1,7 @@
 """How good a student is on photographs it never saw, measured on what the pipeline itself makes."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..evaluation.learned import learned_metric
+from ..evaluation.metrics import METRICS
+from ..evaluation.metrics.metric import Metric
+from ..evaluation.results import Unavailable
+from ..evaluation.sets import eight_bit
 from ..imaging import Picture, find_images, write
-from .config import ConfigError, reason
+from .config import ConfigError
 from .data import load_uint8
 from .degradation import DegradationConfig, degrade
 
 Pair = tuple[str, Tensor, Tensor]  # name, lq (1, 3, h, w) and hq (1, 3, H, W), 0..1
 
 
-def luma(images: Tensor) -> Tensor:
-    """Y of YCbCr (BT.601, 16..235) of pictures (B, 3, H, W) in 0..1: (B, H, W)."""
-    weights = images.new_tensor([65.481, 128.553, 24.966]).view(1, 3, 1, 1)
-    return (images.clamp(0, 1) * weights).sum(1) + 16
-
-
 def psnr_y(output: Tensor, target: Tensor) -> float:
-    """PSNR in dB of the luma of pictures (B, 3, H, W) in 0..1, averaged over the batch."""
-    return float((10 * torch.log10(255**2 / (luma(output) - luma(target)).square().mean((1, 2)))).mean())
-
-
-def ssim_y(output: Tensor, target: Tensor) -> float:
-    """SSIM of the luma, Gaussian window of 11 pixels with sigma 1.5 (Wang et al., 2004), averaged over the batch."""
-    from skimage.metrics import structural_similarity
-
-    pairs = zip(luma(output).cpu().numpy(), luma(target).cpu().numpy(), strict=True)
-    values = [
-        structural_similarity(
-            a.astype(np.float64),
-            b.astype(np.float64),
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in pairs
-    ]
-    return float(np.mean(values))
+    """PSNR of the luma in dB of pictures (B, 3, H, W) in 0..1, averaged over the batch."""
+    pairs = zip(output.split(1), target.split(1), strict=True)
+    return float(np.mean([METRICS["psnr"].measure(one, other) for one, other in pairs]))
 
 
 def bicubic(lq: Tensor, size: tuple[int, int]) -> Tensor:
@@ -55,42 +34,30 @@ def bicubic(lq: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(lq, size=size, mode="bicubic").clamp(0, 1)
 
 
-def eight_bit(images: Tensor) -> Tensor:
-    """What a file would hold: clamped and rounded to 256 levels."""
-    return (images.clamp(0, 1) * 255).round() / 255
-
-
 def make_metrics(names: list[str], device: torch.device) -> dict[str, Callable[[Tensor, Tensor], float]]:
-    """Functions of output and target, (1, 3, H, W) in 0..1; other names than psnr_y and ssim_y are pyiqa's.
+    """Functions of output and target, (1, 3, H, W) in 0..1, by their names in `tsdsr evaluate`, or psnr_y and ssim_y.
 
     Raises:
-        ConfigError: for a metric that does not exist or cannot be had here.
+        ConfigError: for a metric that does not exist, cannot be had here or is one of whole sets.
     """
-    own = {"psnr_y": psnr_y, "ssim_y": ssim_y}
     found: dict[str, Callable[[Tensor, Tensor], float]] = {}
     for name in names:
-        if name in own:
-            if name == "ssim_y" and importlib.util.find_spec("skimage") is None:
-                raise ConfigError(
-                    "The validation metric ssim_y needs scikit-image: pip install 'tsdsr[train]', or measure psnr_y."
-                )
-            found[name] = own[name]
-            continue
+        metric: Metric | Unavailable | tuple[Metric, Any]
         try:
-            import pyiqa
-
-            metric = pyiqa.create_metric(name, device=device)
-        except Exception as error:  # of the import, of an unknown name, of weights that cannot be fetched
+            metric = METRICS.get(name.removesuffix("_y")) or learned_metric(name, device)
+        except ValueError as error:
+            raise ConfigError(f"The validation metric {name} does not exist; see `tsdsr evaluate --list`.") from error
+        if isinstance(metric, Unavailable):
             raise ConfigError(
-                f"The validation metric {name} cannot be made ({reason(error)}); psnr_y and ssim_y "
-                "need no download, all others need pip install 'tsdsr[eval]' and their weights."
-            ) from error
-        found[name] = partial(_mean_of, metric, device)
+                f"The validation metric {name} is unavailable: {metric.reason}; psnr_y and ssim_y need no download, "
+                f"this one needs {metric.fetch}."
+            )
+        if isinstance(metric, tuple):
+            metric = metric[0]
+        if metric.kind == "set":
+            raise ConfigError(f"The validation metric {name} compares whole sets; measure it with `tsdsr evaluate`.")
+        found[name] = metric.measure
     return found
-
-
-def _mean_of(metric: Any, device: torch.device, output: Tensor, target: Tensor) -> float:
-    return float(metric(output.to(device), target.to(device)).mean())
 
 
 def crop_centre(image: Tensor, size: int, multiple: int) -> Tensor:

@@ -37,8 +37,12 @@ PACK = "ComfyUI-tsdsr"
 CHECKPOINT = "sd3_medium_incl_clips_t5xxlfp8.safetensors"
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
     here = [item for item in items if Path(item.fspath).parent == Path(__file__).parent]
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in here:
+            item.add_marker(pytest.mark.xdist_group("comfyui"))  # one server for all of them
     if not COMFYUI:
         skip = pytest.mark.skip(reason="COMFYUI_PATH is not set: the real ComfyUI is NOT tested")
         for item in here:

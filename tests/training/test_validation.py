@@ -6,20 +6,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from tsdsr.evaluation.metrics import METRICS
+from tsdsr.evaluation.sets import eight_bit
 from tsdsr.imaging import Picture, read, write
 from tsdsr.training.config import ConfigError
 from tsdsr.training.validation import (
     Validation,
     bicubic,
     crop_centre,
-    eight_bit,
-    luma,
     make_metrics,
     psnr_y,
     save_sheet,
-    ssim_y,
     validation_pairs,
 )
 
@@ -31,46 +29,12 @@ def two():
     return (target + 0.1 * torch.randn(target.shape, generator=generator)).clamp(0, 1), target
 
 
-def y_of(image):
-    """BT.601 as MATLAB's rgb2ycbcr has it."""
-    red, green, blue = image[0].double().numpy()
-    return 16 + 65.481 * red + 128.553 * green + 24.966 * blue
-
-
-def test_luma_of_known_colours():
-    colours = torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0], [2, -1, 0]]).view(4, 3, 1, 1)
-    assert luma(colours).flatten().tolist() == pytest.approx([16, 235, 81.481, 81.481], abs=1e-3)
-
-
-def test_psnr_is_that_of_skimage(two):
-    expected = peak_signal_noise_ratio(y_of(two[1]), y_of(two[0]), data_range=255)
-    assert psnr_y(*two) == pytest.approx(expected, abs=1e-3)
-    half = torch.full_like(two[0], 0.5)
-    assert psnr_y(half, half + 1 / 219) == pytest.approx(20 * np.log10(255), abs=1e-3)
-
-
 def test_psnr_of_a_batch_is_the_mean(two):
+    assert psnr_y(*two) == METRICS["psnr"].measure(*two)
     batch = [torch.cat([a, b]) for a, b in zip(two, two[::-1], strict=True)]
     batch[0][1] = batch[0][1] * 0.5
     each = [psnr_y(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(2)]
     assert each[0] != each[1] and psnr_y(*batch) == pytest.approx(sum(each) / 2, abs=1e-4)
-
-
-def test_ssim(two):
-    assert ssim_y(two[1], two[1]) == pytest.approx(1)
-    # Two flat pictures: the structure term is 1, what is left is (2ab + C1) / (a^2 + b^2 + C1).
-    flat = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.6)
-    a, b, c1 = 16 + 219 * 0.2, 16 + 219 * 0.6, (0.01 * 255) ** 2
-    assert ssim_y(*flat) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-5)
-    more = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    expected = structural_similarity(y_of(two[0]), y_of(two[1]), data_range=255, **more)
-    assert ssim_y(*two) == pytest.approx(expected, abs=1e-4)
-    assert ssim_y(torch.cat([two[0], two[1]]), torch.cat([two[1]] * 2)) == pytest.approx((expected + 1) / 2, abs=1e-4)
-
-
-def test_eight_bit():
-    values = torch.tensor([-1.0, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 3.0])
-    assert torch.equal(eight_bit(values) * 255, torch.tensor([0.0, 0, 0, 1, 255, 255]))
 
 
 def test_bicubic_is_clamped():
@@ -87,19 +51,21 @@ def test_crop_centre():
 
 
 def test_metrics_by_name(two):
-    metrics = make_metrics(["psnr_y", "ssim_y"], torch.device("cpu"))
-    assert {name: metric(*two) for name, metric in metrics.items()} == {"psnr_y": psnr_y(*two), "ssim_y": ssim_y(*two)}
+    metrics = make_metrics(["psnr_y", "ssim_y", "gmsd"], torch.device("cpu"))
+    expected = {"psnr_y": METRICS["psnr"], "ssim_y": METRICS["ssim"], "gmsd": METRICS["gmsd"]}
+    assert {name: metric(*two) for name, metric in metrics.items()} == {
+        name: metric.measure(*two) for name, metric in expected.items()
+    }
 
 
-def test_metrics_that_cannot_be_had(monkeypatch):
+def test_metrics_that_cannot_be_had(monkeypatch, one_sentence):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(ConfigError, match=r"metric musiq cannot be made .*pip install 'tsdsr\[eval\]'") as refused:
+    monkeypatch.setitem(sys.modules, "pyiqa.default_model_configs", None)
+    with pytest.raises(ConfigError) as refused:
         make_metrics(["psnr_y", "musiq"], torch.device("cpu"))
-    assert "\n" not in str(refused.value)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="ssim_y needs scikit-image"):
-        make_metrics(["ssim_y"], torch.device("cpu"))
-    assert make_metrics(["psnr_y"], torch.device("cpu"))
+    one_sentence(
+        refused.value, "metric musiq is unavailable", "pip install 'tsdsr[eval]' && tsdsr evaluate --fetch musiq"
+    )
 
 
 def test_pairs_are_fixed_by_the_seed(photographs):

@@ -1,0 +1,1 @@
+"""How good a model is: metrics, benchmark sets and reports."""
