@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..training.data import BatchSettings, Folder, training_batches
+from tsdsr.training.data import BatchSettings, Folder, training_batches
 
 
 def measure(source: Folder, settings: BatchSettings, num_workers: int, seconds: float) -> dict[str, Any]:

@@ -36,9 +36,10 @@ from diffusers import (
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.utils import logging as diffusers_logging
 
-from ..models.prompt_embeddings import PromptEmbeddings
-from ..pipelines.loading import EMBEDDED
-from ..pipelines.pipeline_tsdsr import TSDSRPipeline
+from tsdsr.models.prompt_embeddings import PromptEmbeddings
+from tsdsr.pipelines.loading import EMBEDDED
+from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
+
 from .shared_base import DTYPES, SD3_MEDIUM, Memory, random_base
 
 # vae/config.json of stabilityai/stable-diffusion-3-medium-diffusers.

@@ -25,12 +25,12 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from ..training.base import lora_config
-from ..training.config import Phase
-from ..training.families import Prompt, RectifiedFlow, guided_velocity
-from ..training.losses import distillation, fake_score_term
-from ..training.networks import FAKE_SCORE, STUDENT, TEACHER, SharedBase
-from ..training.objectives import latent_mse
+from tsdsr.training.base import lora_config
+from tsdsr.training.config import Phase
+from tsdsr.training.families import Prompt, RectifiedFlow, guided_velocity
+from tsdsr.training.losses import distillation, fake_score_term
+from tsdsr.training.networks import FAKE_SCORE, STUDENT, TEACHER, SharedBase
+from tsdsr.training.objectives import latent_mse
 
 # transformer/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
 SD3_MEDIUM = {

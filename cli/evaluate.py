@@ -64,6 +64,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--metrics", metavar="NAME...", help="Default: the papers' and all --list names."),
     ] = None,
+    crop_border: Annotated[
+        int, typer.Option(min=0, help="Leave out so many pixels at each side; the papers' tables leave out none.")
+    ] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures, for machines.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="A line a picture.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="A report, one file.")] = None,
@@ -161,6 +164,7 @@ def evaluate(
                 folder,
                 upscaler or None,
                 **_given(upscale=upscale),
+                crop_border=crop_border,
                 device=target,
                 settings=settings,
                 progress=stack.enter_context(_Bar()),
@@ -259,8 +263,12 @@ def _read(parse: "Callable[[str], Evaluation]", path: Path) -> "Evaluation":
 
 def _fetch(names: list[str]) -> None:
     from ..evaluation.learned import fetch
+    from ..evaluation.metrics import METRICS
 
     for name in names:
+        if name in METRICS:
+            typer.echo(f"{name} needs no weights")
+            continue
         for file, checksum in fetch(name).items():
             typer.echo(f"{name}: {file}  sha256 {checksum}")
 

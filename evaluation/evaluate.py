@@ -70,6 +70,7 @@ def evaluate(
     upscaler: Upscaler | None = None,
     *,
     upscale: float = 4.0,
+    crop_border: int = 0,
     device: torch.device | None = None,
     settings: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -83,6 +84,7 @@ def evaluate(
             `lr/NAME.png`, ground truths that a metric of the whole set reads as `hr/NAME.png`.
         upscaler: makes results of the small pictures, of the size of the ground truth.
         upscale: the factor where there is no ground truth.
+        crop_border: pixels at each side of results and ground truths that metrics of single pictures do not see.
         device: of the metrics.
         settings: what else says how this was done.
         progress: told the name of each picture, how many are finished and how many there are.
@@ -125,7 +127,8 @@ def evaluate(
             _write(folder / "hr", sample.name, sample.hr)
         if sr is None:
             raise ValueError(f"There is no result for {sample.name}: give a folder of results or a model.")
-        sr, hr = sr.to(device), None if sample.hr is None else sample.hr.to(device)
+        sr = _inside(sr, crop_border, sample.name).to(device)
+        hr = None if sample.hr is None else _inside(sample.hr, crop_border, sample.name).to(device)
         images.append({"name": sample.name, **values(of_one, sr, hr), **seconds})
         if hr is not None:
             truths.append({"name": sample.name, **values(alone, hr, None)})
@@ -144,7 +147,8 @@ def evaluate(
         settings={
             **(settings or {}),
             "pictures": len(images),
-            "protocol": "PSNR and SSIM of the Y of YCbCr (BT.601), no border cropped, results at 8 bits",
+            "protocol": "PSNR and SSIM of the Y of YCbCr (BT.601), results at 8 bits",
+            "crop_border": crop_border,
             "checksum_hr": str(sums["hr"]),
             "checksum_lr": str(sums["lr"]),
             "undefined": undefined,
@@ -178,6 +182,14 @@ def _run(upscaler: Upscaler, sample: Sample, upscale: float) -> tuple[Tensor, fl
     begun = time.perf_counter()
     result = upscaler(sample.lr, size)
     return eight_bit(result), time.perf_counter() - begun
+
+
+def _inside(picture: Tensor, border: int, name: str) -> Tensor:
+    if 2 * border >= min(picture.shape[-2:]):
+        raise ValueError(
+            f"{name} has {picture.shape[-1]}x{picture.shape[-2]} pixels: a border of {border} leaves none."
+        )
+    return picture[..., border : picture.shape[-2] - border, border : picture.shape[-1] - border]
 
 
 def _write(folder: Path, name: str, picture: Tensor | None) -> None:

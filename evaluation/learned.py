@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
@@ -167,8 +168,9 @@ def _watched(network: bool) -> Iterator[dict[str, None]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What pyiqa prints goes nowhere; what it raises does."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    """What pyiqa prints and warns of goes nowhere; what it raises is passed on."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 

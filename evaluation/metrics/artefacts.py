@@ -69,8 +69,8 @@ def grid_score(sr: Tensor, periods: Sequence[int] = (8, 16)) -> float:
     longest period (256x256 pixels), so that neither crops nor flips change it much. B is what the median between this
     harmonic and the next says, along the row or the column of the spectrum, whichever is higher. Both are given 1e-4
     more: a hundredth of a level on flat parts does not count. Of the 100 ground truths of RealSR half are below 1.04
-    and 95 below 1.13; with a grid of lines one level high half are above 2.3. Content that repeats every 8 or 16 pixels
-    counts too.
+    and 95 below 1.13; with a grid of lines one level high half are above 2.3. Content that repeats
+    strictly counts too, every 8 or 16 pixels or where it comes within a hundredth of a cycle per pixel of a harmonic.
 
     Args:
         sr: a picture.

@@ -81,6 +81,17 @@ def test_results_of_a_model(sets, tmp_path, make_pipeline):
     assert np.array_equal(pictures_of(pairs, tmp_path / "work", "p1").sr, saved[0].permute(1, 2, 0).numpy())
 
 
+def test_a_border_that_does_not_count(sets, tmp_path, one_sentence):
+    pairs = Pairs(match(sr=sets / "sr", hr=sets / "hr"))
+    found = evaluate(pairs, choose("psnr", "noise_floor"), tmp_path / "work", crop_border=5)
+    sr, hr = (read_tensor(sets / role / "p0.png")[..., 5:91, 5:123] for role in ("sr", "hr"))
+    assert found.images[0]["psnr"] == METRICS["psnr"].measure(sr, hr) and found.settings["crop_border"] == 5
+    assert found.ground_truth["images"][0]["noise_floor"] == METRICS["noise_floor"].measure(hr, None)
+    with pytest.raises(ValueError) as refused:
+        evaluate(pairs, choose("psnr"), tmp_path / "work", crop_border=48)
+    one_sentence(refused.value, "p0", "128x96", "48")
+
+
 @pytest.mark.parametrize("name", INTERPOLATIONS)
 def test_interpolations_are_pillows(name, sets):
     lq = read_tensor(sets / "lr" / "p0.png")

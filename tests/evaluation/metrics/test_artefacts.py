@@ -58,6 +58,11 @@ def test_noise_floor_is_the_deviation_of_the_noise(sigma, from_levels):
     assert noise_floor(from_levels(picture[..., None])) == pytest.approx(sigma, rel=0.12)
 
 
+def test_noise_floor_of_white_noise_is_not_biased(from_levels):
+    noise = np.random.Generator(np.random.PCG64(7)).standard_normal((256, 256, 1))
+    assert noise_floor(from_levels(120 + 5 * noise)) == pytest.approx(5, rel=0.03)
+
+
 def test_noise_floor_of_a_gradient(from_levels):
     y, x = np.mgrid[:64, :64]
     gradient = 40 + 0.7 * x + 1.1 * y
@@ -117,6 +122,16 @@ def test_grid_score_of_noise_and_of_nothing():
     scores = [grid_score(torch.rand(1, 3, 256, 256, generator=generator)) for _ in range(4)]
     assert scores == pytest.approx([1] * 4, abs=0.15)
     assert grid_score(torch.full((1, 3, 128, 128), 0.7)) == pytest.approx(1)
+
+
+def test_grids_on_a_part_of_the_picture(scene, from_levels):
+    grid = with_grid(np.zeros_like(scene), GRIDS["texture 16"], 2)
+    margin = scene + grid * (np.arange(352) >= 256)[:, None]
+    assert grid_score(from_levels(margin)) > 1.3
+    rough = scene.copy()
+    rough[:, :176] += 40 * np.random.Generator(np.random.PCG64(6)).standard_normal((320, 176, 1))
+    assert grid_score(from_levels(rough)) < 1.15
+    assert grid_score(from_levels(rough + grid)) > 2  # seen on the smooth half
 
 
 def test_grid_score_needs_a_few_periods(one_sentence):

@@ -36,7 +36,7 @@ def test_ties_of_the_luma_are_rounded_as_in_the_published_runs():
     tie = exact % 1000 == 500
     assert torch.equal(rounded[~tie], ((exact[~tie] + 500) // 1000).double())
     up = rounded[tie] - exact[tie] // 1000
-    assert set(up.tolist()) == {0, 1}
+    assert (int(up.sum()), len(up)) == (564, 712)
 
 
 def test_what_is_left_of_whole_blocks_does_not_count(pair):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tsdsr.evaluation.metrics import METRICS
+from tsdsr.evaluation.metrics import METRICS, artefacts, fidelity
+from tsdsr.evaluation.metrics.niqe import niqe
 
 
 def test_names_and_order():
@@ -30,3 +31,13 @@ def test_each_measures(name, pair):
             metric.measure(sr, sr), value
         )
     assert metric.about.endswith(".")
+
+
+def test_each_measures_what_it_is_called(pair):
+    sr, hr = pair(170, 180)
+    for name in ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi"):
+        assert METRICS[name].measure is getattr(fidelity, name)
+    assert METRICS["edge_energy"].measure is artefacts.edge_energy_ratio
+    for name in ("noise_floor", "grid_score", "seam_score"):
+        assert METRICS[name].measure(sr, hr) == getattr(artefacts, name)(sr)
+    assert METRICS["niqe"].measure(sr, hr) == niqe(sr)
