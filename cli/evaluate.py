@@ -129,6 +129,7 @@ def evaluate(
         from ..evaluation.results import Evaluation, write_text
         from ..evaluation.upscalers import make_upscaler
         from ..pipelines.loading import choose_device
+        from .progress import counting_bar
 
         disable_progress_bar()  # of loading, which is written to log files too
         earlier = [(path, _read(Evaluation.from_json, path)) for path in beside or []]
@@ -158,6 +159,8 @@ def evaluate(
         }
         with ExitStack() as stack:
             folder = save or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            bar = stack.enter_context(counting_bar())
+            task = bar.add_task("", total=None)
             evaluation = run(
                 pairs,
                 choice,
@@ -167,8 +170,9 @@ def evaluate(
                 crop_border=crop_border,
                 device=target,
                 settings=settings,
-                progress=stack.enter_context(_Bar()),
+                progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
             )
+            bar.stop()
             rows = published_results(pairs.title)
             if json_file:
                 write_text(json_file, evaluation.to_json())
@@ -195,6 +199,8 @@ def _check(
     """Which of the options go together."""
     if (sr is None) == (model is None):
         raise ValueError("give either --sr, a folder of results, or --model, which makes them.")
+    if held_aside and hr is None:
+        raise ValueError("--held-aside chooses among the photographs of --hr: give that folder.")
     if benchmark is not None and root is not None:
         if lr or hr or degrade:
             raise ValueError("--root has the set's own --lr and --hr; leave these and --degrade out.")
@@ -208,8 +214,6 @@ def _check(
             raise ValueError("--degrade makes the small pictures of --hr for --model; leave --lr and --sr out.")
     elif model is not None and lr is None:
         raise ValueError("--model needs --lr, the small pictures, or --hr with --degrade, which makes them.")
-    if held_aside and hr is None:
-        raise ValueError("--held-aside chooses among the photographs of --hr: give that folder.")
 
 
 def _pairs(
@@ -281,30 +285,6 @@ def _list() -> None:
         typer.echo(f"{metric.name:14s} {metric.kind:15s} {metric.about}")
     others = [name for name in learned_names() if name not in METRICS]
     typer.echo(f"with trained weights, through pyiqa: {', '.join(others)}")
-
-
-class _Bar:
-    """A bar on a terminal; elsewhere nothing."""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._progress.start()
-        task = self._progress.add_task("", total=None)
-        return lambda name, done, total: self._progress.update(task, description=name, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
 
 
 def _print(evaluation: "Evaluation", earlier: "list[Evaluation]", published: "list[Published]") -> None:

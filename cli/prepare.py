@@ -1,7 +1,6 @@
 """`tsdsr prepare`: photographs in, shards for training out, with everything encoded that training would encode anew."""
 
 import os
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,23 +63,13 @@ def prepare(
             # Read by huggingface_hub when it is first imported: a model that is here needs no network.
             os.environ["HF_HUB_OFFLINE"] = "1"
         from diffusers.utils.logging import disable_progress_bar
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from ..training.data.prepare import prepare as prepare_folder
+        from .progress import counting_bar
 
         disable_progress_bar()  # of loading, which is written to log files too
-        bar = Progress(
-            TextColumn("photographs"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        with bar:
-            task = bar.add_task("", total=None)
+        with counting_bar() as bar:
+            task = bar.add_task("photographs", total=None)
             result = prepare_folder(
                 model,
                 folder,
