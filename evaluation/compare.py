@@ -139,7 +139,7 @@ def structure_boxes(rgb: np.ndarray, count: int, side: int) -> list[Box]:
     """The crops of a picture (H, W, 3), at most `count`, with the most structure, away from each other.
 
     Structure is the mean of the square root of the gradient: fine texture counts for more than one strong edge. What is
-    close to a crop that was chosen counts for less, what overlaps it does not count.
+    close to a crop that was chosen counts for less. They overlap, by half at most, only where there is no room beside.
     """
     height, width = rgb.shape[:2]
     side = min(side, height, width)
@@ -149,12 +149,16 @@ def structure_boxes(rgb: np.ndarray, count: int, side: int) -> list[Box]:
     tops, lefts, worth = busiest(gradient, side, side, stride=max(1, side // 8))
     worth = worth + 1e-9  # a picture without any structure has crops as well
     boxes: list[Box] = []
-    while len(boxes) < count and worth.max() > 0:
-        row, column = np.unravel_index(worth.argmax(), worth.shape)
-        top, left = int(tops[row]), int(lefts[column])
-        boxes.append((left, top, side))
-        away = np.maximum(np.abs(tops[:, None] - top), np.abs(lefts[None] - left))
-        worth = worth * np.where(away < side, 0, np.minimum(1, away / (max(height, width) / 2)))
+    for apart in (side, side // 2):  # they overlap only where there is no room for them side by side
+        while len(boxes) < count:
+            left = worth.copy()
+            for x, y, _ in boxes:
+                away = np.maximum(np.abs(tops[:, None] - y), np.abs(lefts[None] - x))
+                left *= np.where(away < apart, 0, np.minimum(1, away / (max(height, width) / 2)))
+            if left.max() == 0:
+                break
+            row, column = np.unravel_index(left.argmax(), left.shape)
+            boxes.append((int(lefts[column]), int(tops[row]), side))
     return sorted(boxes, key=lambda box: (box[1], box[0]))
 
 

@@ -115,7 +115,10 @@ def test_automatic_crops():
     for i, (x, y, side) in enumerate(boxes):
         assert 0 <= x <= 90 - side and 0 <= y <= 60 - side
         assert all(max(abs(x - u), abs(y - v)) >= side for u, v, _ in boxes[:i])
-    assert [side for _, _, side in structure_boxes(rgb, 3, 100)] == [60], "no larger than the picture"
+    assert structure_boxes(rgb, 1, 100)[0][2] == 60, "no larger than the picture"
+    crowded = structure_boxes(rgb, 3, 60)  # no room for two side by side
+    assert len(crowded) == 2 and abs(crowded[0][0] - crowded[1][0]) == 30
+    assert len(structure_boxes(rgb, 3, 1)) == 3
     assert len(structure_boxes(np.zeros((64, 64, 3), np.float32), 3, 16)) == 3, "a flat picture has crops as well"
 
 
