@@ -6,11 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from tsdsr.evaluation.metrics import METRICS
 from tsdsr.evaluation.published import LEARNED
 from tsdsr.evaluation.sets import read_tensor
 from tsdsr.imaging import Picture, read, resize, write
+from tsdsr.pipelines.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def test_a_benchmark_set_beside_published_figures(tsdsr, sets, tmp_path):
     assert float(lines[1]["psnr"]) == psnr[1]
     page = outputs["html"].read_text(encoding="utf-8")
     assert "OSEDiff" in page and "Canon_1" in page
-    for words in (f"{found['average']['psnr']:.2f}", "OSEDiff", "TinySR", "ground truth", "wrote"):
+    said = ("OSEDiff", "TinySR", "LPIPS", "114.45", "ground truth", "are of 100 pictures, these of 2", "wrote")
+    for words in (f"{found['average']['psnr']:.2f}", *said):
         assert words in result.stdout
     # Nothing is left out without a word.
     for entry in found["unavailable"]:
@@ -63,7 +66,11 @@ def test_a_model_and_the_same_from_its_results(tsdsr, model, sets, small_tiles, 
     assert (
         "seconds a picture" in result.stdout and ours["average"]["seconds"] > 0 and ours["settings"]["label"] == "tiny"
     )
-    assert read(tmp_path / "kept" / "sr" / "Canon_0.png").rgb.shape == (192, 192, 3)
+    kept = read_tensor(tmp_path / "kept" / "sr" / "Canon_0.png")
+    arguments = {name[2:].replace("-", "_"): int(value) for name, value in zip(*[iter(small_tiles)] * 2, strict=True)}
+    lq = read_tensor(sets / "RealSR/test_LR/Canon_0.png")
+    expected = load_pipeline(model, device="cpu")(lq, upscale=4, output_type="pt", **arguments).images
+    torch.testing.assert_close(kept, expected.clamp(0, 1), rtol=0, atol=0.51 / 255)
     again = tsdsr(
         "evaluate", "--sr", tmp_path / "kept/sr", "--beside", tmp_path / "model.json", *common, tmp_path / "sr.json"
     )
@@ -91,6 +98,9 @@ def test_degraded_photographs(tsdsr, sets, tmp_path):
     assert first["settings"]["checksum_lr"] == again["settings"]["checksum_lr"] != other["settings"]["checksum_lr"]
     assert first["settings"]["checksum_hr"] == other["settings"]["checksum_hr"]
     assert first["settings"]["degrade"] == "realesrgan" and first["settings"]["seed"] == 3
+    common = ["evaluate", "-m", "bicubic", "--hr", sets / "RealSR/test_HR", *options, "--scale", "2", "--save"]
+    assert tsdsr(*common, tmp_path / "kept").exit_code == 0
+    assert read(tmp_path / "kept" / "lr" / "Canon_0.png").rgb.shape == (32, 32, 3)
 
 
 def test_held_aside_photographs(tsdsr, picture, tmp_path):

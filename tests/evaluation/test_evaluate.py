@@ -9,7 +9,7 @@ import torch
 from tsdsr.evaluation.evaluate import DEFAULT_METRICS, choose_metrics, evaluate, pictures_of
 from tsdsr.evaluation.metrics import METRICS
 from tsdsr.evaluation.metrics.metric import Metric
-from tsdsr.evaluation.published import published_results
+from tsdsr.evaluation.published import published_results, table_columns
 from tsdsr.evaluation.results import Evaluation, Unavailable
 from tsdsr.evaluation.sets import Pairs, match, read_tensor
 from tsdsr.evaluation.upscalers import INTERPOLATIONS, make_upscaler
@@ -165,3 +165,11 @@ def test_published_rows():
     assert len({(row.method, row.steps) for row in rows}) == len(rows) and rows[-1].method == "StableSR"
     assert {row.dataset for row in rows} == {"RealSR"} and published_results("Set5") == []
     assert all(published_results(name) for name in ("DRealSR", "DIV2K-Val"))
+
+
+def test_the_table_has_the_papers_columns_first_and_those_that_are_missing():
+    columns = [METRICS[name].column for name in ("gmsd", "niqe", "psnr")]
+    run = Evaluation({}, [], {}, columns, [Unavailable(name, "") for name in ("fid", "lpips", "topiq_nr")])
+    names = [column.name for column in table_columns([run], published_results("RealSR"))]
+    assert names == ["psnr", "lpips", "fid", "niqe", "gmsd"]
+    assert [column.name for column in table_columns([run], [])] == ["psnr", "niqe", "gmsd"]
