@@ -96,6 +96,14 @@ def place(tmp_path, save_single_file, clip_config, clip_tokenizer):
     (tmp_path / "holiday").mkdir()
     for name in ("photo.jpg", "photo.png", "holiday/beach.jpg"):
         photo.save(tmp_path / name)
+    pairs = {"test_LR": (12, 10), "test_HR": (48, 40)}
+    for folder, size in {**pairs, "../../osediff_published": (48, 40)}.items():
+        path = tmp_path / "SETS" / "RealSR" / folder
+        path.mkdir(parents=True)
+        photo.resize(size).save(path / "Canon_001.png")
+    for name, target in {"SMALL": "test_LR", "GROUND_TRUTHS": "test_HR", "RESULTS": "test_HR"}.items():
+        os.symlink(tmp_path / "SETS" / "RealSR" / target, tmp_path / name)
+    os.symlink(tmp_path / "holiday", tmp_path / "PHOTO_OR_FOLDER")
     return tmp_path
 
 
@@ -109,12 +117,13 @@ def examples(page: str) -> str:
         if language == "python":
             parts.append(text)
         elif language == "sh" and all(line.startswith("tsdsr ") for line in commands if line):
-            parts += [f"run({command!r})" for command in commands if command]
+            # Fetching needs a network.
+            parts += [f"run({command!r})" for command in commands if command and "--fetch" not in command]
     assert parts, f"{page} has no examples"
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/memory.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/memory.md", "docs/evaluation.md"])
 def test_examples_run(place, page):
     # In one process, because starting one takes as long as most examples.
     prelude = (

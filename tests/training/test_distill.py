@@ -561,7 +561,7 @@ def test_tensorboard(config, tmp_path):
         ({"train_lq_dir": "/nowhere"}, "/nowhere"),
         ({"validation_photographs": 8}, "more than 8 are needed"),
         ({"lpips": 1}, "encoder_features, which needs no download"),
-        ({"validation_metrics": ["nonsense"]}, "validation metric nonsense cannot be made"),
+        ({"validation_metrics": ["nonsense"]}, "The validation metric nonsense"),
         ({"prompt_embeds": "/nowhere"}, "/nowhere holds no prompt_embeds"),
         ({"resume_from_checkpoint": "/nowhere"}, "/nowhere is no whole checkpoint"),
         ({"teacher_lora": "/nowhere"}, "teacher_lora /nowhere"),
