@@ -1,6 +1,5 @@
 """The same crops of a picture, as several models and interpolations show them."""
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from ..imaging import COLORS, Crops, data_uri, find_images, resize
 from ..pipelines.loading import find_model
-from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .metrics import METRICS
 from .report import busiest, render
 from .results import write_text
 from .sets import eight_bit, read_tensor
-from .upscalers import INTERPOLATIONS, make_upscaler
+from .upscalers import INTERPOLATIONS, default_upscale, make_upscaler
 
 OVERVIEW = 512  # pixels a side, at most
 STAGE = 640  # pixels a side, about, of the crop under the divider
@@ -64,7 +62,7 @@ def compare(
         OSError: for a Hub id that cannot be found or reached.
     """
     if upscale is None:
-        upscale = float(inspect.signature(TSDSRPipeline.__call__).parameters["upscale"].default)
+        upscale = default_upscale()
     if not 1 <= upscale < float("inf"):
         raise ValueError(f"The factor must be a number of at least 1, not {upscale:g}.")
     named = methods(models, labels)

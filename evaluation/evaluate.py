@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .metrics.metric import Metric
 from .published import PAPERS
 from .results import Evaluation, Pictures, Unavailable, Values, mean
 from .sets import Checksum, Pairs, Sample, eight_bit, read_tensor
-from .upscalers import Upscaler
+from .upscalers import Upscaler, default_upscale
 
 # The columns of the papers' tables, then what needs no weights.
 DEFAULT_METRICS = tuple(dict.fromkeys((*PAPERS, *METRICS)))
@@ -69,7 +70,7 @@ def evaluate(
     folder: Path,
     upscaler: Upscaler | None = None,
     *,
-    upscale: float = 4.0,
+    upscale: float | None = None,
     crop_border: int = 0,
     device: torch.device | None = None,
     settings: dict[str, Any] | None = None,
@@ -81,9 +82,9 @@ def evaluate(
         pairs: the set; its results come from `upscaler` where it has none.
         choice: the metrics.
         folder: results of `upscaler` are written to it as `sr/NAME.png`, small pictures that were made here as
-            `lr/NAME.png`, ground truths that a metric of the whole set reads as `hr/NAME.png`.
+            `lr/NAME.png`.
         upscaler: makes results of the small pictures, of the size of the ground truth.
-        upscale: the factor where there is no ground truth.
+        upscale: the factor where there is no ground truth; by default the pipeline's.
         crop_border: pixels at each side of results and ground truths that metrics of single pictures do not see.
         device: of the metrics.
         settings: what else says how this was done.
@@ -111,32 +112,33 @@ def evaluate(
                 undefined.setdefault(metric.name, str(error))
         return found
 
-    for number, sample in enumerate(pairs):
-        progress(sample.name, number, len(pairs))
-        sums["hr"].add(sample.name, sample.hr)
-        sums["lr"].add(sample.name, sample.lr)
-        sr, seconds = sample.sr, {}
-        if upscaler is not None:
-            sr, seconds["seconds"] = _run(upscaler, sample, upscale)
-            _write(folder / "sr", sample.name, sr)
-            if pairs.degrade is not None:
-                _write(folder / "lr", sample.name, sample.lr)
-        elif of_set:
-            _write(folder / "sr", sample.name, sr)
-        if of_set:
-            _write(folder / "hr", sample.name, sample.hr)
-        if sr is None:
-            raise ValueError(f"There is no result for {sample.name}: give a folder of results or a model.")
-        sr = _inside(sr, crop_border, sample.name).to(device)
-        hr = None if sample.hr is None else _inside(sample.hr, crop_border, sample.name).to(device)
-        images.append({"name": sample.name, **values(of_one, sr, hr), **seconds})
-        if hr is not None:
-            truths.append({"name": sample.name, **values(alone, hr, None)})
+    # A metric of the whole set reads all that is in a folder, so it gets two of its own.
+    with TemporaryDirectory() as whole:
+        set_sr, set_hr = Path(whole, "sr"), Path(whole, "hr")
+        for number, sample in enumerate(pairs):
+            progress(sample.name, number, len(pairs))
+            sums["hr"].add(sample.name, sample.hr)
+            sums["lr"].add(sample.name, sample.lr)
+            sr, seconds = sample.sr, {}
+            if upscaler is not None:
+                sr, seconds["seconds"] = _run(upscaler, sample, upscale)
+                _write(folder / "sr", sample.name, sr)
+                if pairs.degrade is not None:
+                    _write(folder / "lr", sample.name, sample.lr)
+            if sr is None:
+                raise ValueError(f"There is no result for {sample.name}: give a folder of results or a model.")
+            if of_set:
+                _write(set_sr, sample.name, sr)
+                _write(set_hr, sample.name, sample.hr)
+            sr = _inside(sr, crop_border, sample.name).to(device)
+            hr = None if sample.hr is None else _inside(sample.hr, crop_border, sample.name).to(device)
+            images.append({"name": sample.name, **values(of_one, sr, hr), **seconds})
+            if hr is not None:
+                truths.append({"name": sample.name, **values(alone, hr, None)})
+        of_whole = {metric.name: metric.measure(set_sr, set_hr) for metric in of_set}
     progress("", len(pairs), len(pairs))
 
-    average = {metric.name: mean([image[metric.name] for image in images]) for metric in of_one}
-    for metric in of_set:
-        average[metric.name] = metric.measure(folder / "sr", folder / "hr")
+    average = {metric.name: mean([image[metric.name] for image in images]) for metric in of_one} | of_whole
     if upscaler is not None:
         # The first of several pictures also sets things up.
         average["seconds"] = median([image["seconds"] for image in images][len(images) > 1 :])
@@ -171,13 +173,14 @@ def pictures_of(pairs: Pairs, folder: Path, name: str) -> Pictures:
     return Pictures(**{role: p[0].permute(1, 2, 0).numpy() for role, p in shown.items() if p is not None})
 
 
-def _run(upscaler: Upscaler, sample: Sample, upscale: float) -> tuple[Tensor, float]:
+def _run(upscaler: Upscaler, sample: Sample, upscale: float | None) -> tuple[Tensor, float]:
     """The result at 8 bits and the seconds it took."""
     if sample.lr is None:
         raise ValueError(f"There is no small picture for {sample.name}: give a folder of those, or a degradation.")
     if sample.hr is not None:
         size = (sample.hr.shape[-2], sample.hr.shape[-1])
     else:
+        upscale = upscale or default_upscale()
         size = (round(upscale * sample.lr.shape[-2]), round(upscale * sample.lr.shape[-1]))
     begun = time.perf_counter()
     result = upscaler(sample.lr, size)

@@ -1,5 +1,6 @@
 """What makes a result of a small picture: a model, or interpolation to compare it with."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -47,3 +48,10 @@ def make_upscaler(
         return result.images.float().cpu()
 
     return upscale
+
+
+def default_upscale() -> float:
+    """The factor that the pipeline has where none is given."""
+    from ..pipelines.pipeline_tsdsr import TSDSRPipeline
+
+    return float(inspect.signature(TSDSRPipeline.__call__).parameters["upscale"].default)

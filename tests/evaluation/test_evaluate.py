@@ -109,6 +109,8 @@ def test_without_ground_truth(sets, tmp_path):
     )
     found = evaluate(Pairs(match(lr=sets / "lr")), choice, tmp_path / "work", make_upscaler("nearest"), upscale=2.5)
     assert read(tmp_path / "work" / "sr" / "p0.png").rgb.shape == (60, 80, 3)
+    evaluate(Pairs(match(lr=sets / "lr")), choice, tmp_path / "four", make_upscaler("nearest"))
+    assert read(tmp_path / "four" / "sr" / "p0.png").rgb.shape == (96, 128, 3)  # the pipeline's own factor
     assert found.ground_truth == {} and found.average["noise_floor"] is not None
 
 
@@ -140,6 +142,8 @@ def test_a_metric_of_the_whole_set_reads_both_folders(sets, tmp_path):
     choice = choose("psnr")
     choice.metrics.append(Metric("shift", "Shift", "set", "lower", "test", measure=measure))
     pairs = Pairs(match(sr=sets / "sr", hr=sets / "hr"))
+    (tmp_path / "work" / "sr").mkdir(parents=True)
+    (tmp_path / "work" / "sr" / "of_an_earlier_run.png").write_bytes((sets / "sr" / "p0.png").read_bytes())
     found = evaluate(pairs, choice, tmp_path / "work")
     expected = np.mean([float((read_tensor(c.sr) - read_tensor(c.hr)).mean()) for c in pairs.cases])
     assert found.average["shift"] == pytest.approx(expected, abs=1e-5) and "shift" not in found.images[0]
