@@ -41,7 +41,7 @@ How to read the tables:
 
 * **Time** is what one call takes, divided by what `published` takes for the same pictures on the same machine, with
   the same threads, dtype and versions; where these differ there is no ratio. Each row was measured in a process of
-  its own. On a GPU time is that of its events, on a CPU that of its cores, which waiting and other programs hardly
+  its own. On a GPU time is that of its events, on a CPU that of its cores without waiting, which other programs still
   change. `~` marks a ratio of two rows whose machine was not equally fast (matrix products at rates over 10 % apart).
 * **Peak** is the memory of a call, weights included, in 10^9 bytes: what torch allocates on a GPU, what the process
   holds beyond its imports on a CPU.

@@ -11,8 +11,8 @@ SD3-medium's size with random weights, made once in --folder (4 GB). Results are
 device and model, after every row: run the same command again and it goes on with the rows that are missing. --page
 writes docs/benchmarks.md from them.
 
-Time is the device's on a GPU; on a CPU it is the time of its cores, which hardly depends on what else runs. GB are 10^9
-bytes.
+Time is the device's on a GPU; on a CPU it is the time of its cores without waiting, which other programs still change,
+so that the rate of matrix products is measured beside it. GB are 10^9 bytes.
 """
 
 import argparse

@@ -346,8 +346,9 @@ def _print(evaluation: "Evaluation", earlier: "list[Evaluation]", published: "li
             f"{metric.name} is unavailable: {metric.reason}" + (f"; run: {metric.fetch}" if metric.fetch else ".")
         )
     for name, reason in evaluation.settings["undefined"].items():
-        count = sum(image[name] is None for image in evaluation.images)
-        typer.echo(f"{name} has no value for {count} of {len(evaluation.images)} pictures: {reason}")
+        count = sum(image.get(name, 0) is None for image in evaluation.images)  # none of them for a metric of the set
+        where = f" for {count} of {len(evaluation.images)} pictures" if count else ""
+        typer.echo(f"{name} has no value{where}: {reason}")
 
 
 def _text(path: Path | None) -> str | None:

@@ -102,7 +102,7 @@ def evaluate(
     undefined: dict[str, str] = {}
     sums = {"hr": Checksum(), "lr": Checksum()}
 
-    def values(metrics: Sequence[Metric], sr: Tensor, hr: Tensor | None) -> Values:
+    def values(metrics: Sequence[Metric], sr: Tensor | Path, hr: Tensor | Path | None) -> Values:
         found: Values = {}
         for metric in metrics:
             try:
@@ -135,7 +135,7 @@ def evaluate(
             images.append({"name": sample.name, **values(of_one, sr, hr), **seconds})
             if hr is not None:
                 truths.append({"name": sample.name, **values(alone, hr, None)})
-        of_whole = {metric.name: metric.measure(set_sr, set_hr) for metric in of_set}
+        of_whole = values(of_set, set_sr, set_hr)
     progress("", len(pairs), len(pairs))
 
     average = {metric.name: mean([image[metric.name] for image in images]) for metric in of_one} | of_whole

@@ -113,15 +113,25 @@ def _make(name: str, config: dict[str, Any], device: torch.device) -> Metric:
 
     @torch.no_grad()
     def measure(sr: Tensor, hr: Tensor | None) -> float:
-        with _quiet():
-            value = network(sr.to(device), hr.to(device)) if full and hr is not None else network(sr.to(device))
-        return float(value.mean())
+        pictures = [picture.to(device) for picture in (sr, hr) if picture is not None and (full or picture is sr)]
+        with _failing_as_undefined(name):
+            return float(network(*pictures).mean())
 
     def measure_folders(sr: Path, hr: Path) -> float:
-        with _quiet():
+        with _failing_as_undefined(name):
             return float(network(str(sr), str(hr), num_workers=0, verbose=False))
 
     return Metric(**vars(column), measure=measure_folders if of_set else measure)
+
+
+@contextmanager
+def _failing_as_undefined(name: str) -> Iterator[None]:
+    """What goes wrong in a network that is measured with leaves this figure undefined, and the others as they are."""
+    try:
+        with _watched(network=False):
+            yield
+    except Exception as error:
+        raise ValueError(f"{name} failed ({type(error).__name__}: {_line(error)}).") from error
 
 
 # pyiqa fetches what it lacks from within constructors, by urllib, requests and the Hub's client. Python's audit events

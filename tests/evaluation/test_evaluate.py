@@ -149,6 +149,17 @@ def test_a_metric_of_the_whole_set_reads_both_folders(sets, tmp_path):
     assert found.average["shift"] == pytest.approx(expected, abs=1e-5) and "shift" not in found.images[0]
 
 
+def test_a_metric_of_the_whole_set_that_fails_spoils_no_other(sets, tmp_path):
+    def measure(sr, hr):
+        raise ValueError("fid failed.")
+
+    choice = choose("psnr")
+    choice.metrics.append(Metric("fid", "FID", "set", "lower", "test", measure=measure))
+    found = evaluate(Pairs(match(sr=sets / "sr", hr=sets / "hr")), choice, tmp_path / "work")
+    assert found.average["fid"] is None and found.average["psnr"] > 0
+    assert found.settings["undefined"] == {"fid": "fid failed."} and "fid" not in found.images[0]
+
+
 def test_there_and_back_through_json(sets, tmp_path):
     found = evaluate(Pairs(match(sr=sets / "sr", hr=sets / "hr")), choose("psnr", "gmsd"), tmp_path / "work")
     found.unavailable.append(Unavailable("lpips", "no weights", "tsdsr evaluate --fetch lpips"))

@@ -68,6 +68,17 @@ def test_weights_that_are_programs_are_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_a_network_that_fails_leaves_its_figure_undefined(one_sentence):
+    """And reaches for no network while it measures."""
+    import urllib.request
+
+    for wrong in (lambda: torch.ones(2) @ torch.ones(3), lambda: urllib.request.urlopen("http://localhost/x.pth")):
+        with pytest.raises(ValueError) as undefined, learned._failing_as_undefined("lpips"):
+            wrong()
+        one_sentence(undefined.value, "lpips failed")
+    assert not learned._watches
+
+
 @needs_pyiqa
 def test_an_unknown_name(one_sentence):
     for call in (lambda name: learned.learned_metric(name, CPU), learned.fetch):
