@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..pipelines.memory import Tiles, fitting_vae_tile, is_out_of_memory, smaller_tiles, vae_bytes_per_pixel
+from ..pipelines.memory import STREAMED, Tiles, is_out_of_memory, smaller_tiles, vae_bytes_per_pixel
 from .pictures import batch_of, frame, resized, upscaled_mask
 from .preview import Progress
 
@@ -49,6 +49,8 @@ class HostedModel:
             offload_device=model_management.unet_offload_device(),
         )
         self._strength = 1.0
+        # The host moves weights, and `_Runner` remembers for a whole batch what fits.
+        pipeline.retries_smaller = False
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -93,11 +95,13 @@ class HostedModel:
             if stranded:
                 networks.to(self.patcher.offload_device)
 
-    def vae_bytes_per_pixel(self) -> int:
-        """What a VAE tile takes while it is decoded."""
-        config = self.pipeline.vae.config
-        widths = getattr(config, "block_out_channels", None) or config.decoder_block_out_channels
-        return vae_bytes_per_pixel(widths[0], next(self.pipeline.vae.parameters()).element_size())
+    def vae_bytes(self, pixels: int, tiles: Tiles) -> float:
+        """About what the VAE takes for a picture of so many pixels, in strips where it is large."""
+        from ..pipelines.codec import needs
+
+        widths, itemsize, local = needs(self.pipeline.vae)
+        side = min(tiles.vae_tile_size, STREAMED) if local else tiles.vae_tile_size
+        return min(pixels, side**2) * vae_bytes_per_pixel(widths, itemsize, local)
 
 
 def upscale_batch(
@@ -132,7 +136,6 @@ def upscale_batch(
     runner = _Runner(model, tiles, progress, arguments)
     size = (batch.shape[1], batch.shape[2])
     with model.ready(runner.memory_for(size)):
-        runner.fit_to_free_memory(size)
         for index in range(count):
             model_management.throw_exception_if_processing_interrupted()
             picture = frame(batch, index, "image")
@@ -179,22 +182,8 @@ class _Runner:
     def memory_for(self, size: tuple[int, int]) -> float:
         """About how many bytes a picture of this height and width takes beside the weights."""
         height, width = self._result_size(size)
-        # The picture in float32 at several stages, and the tile that is being decoded.
-        return 6 * 12 * height * width + self._tile_bytes(height, width)
-
-    def fit_to_free_memory(self, size: tuple[int, int]) -> None:
-        """Begin with VAE tiles that fit what is free now, rather than find out by running out."""
-        free = 0.8 * model_management.get_free_memory(self.model.patcher.load_device)
-        if self._tile_bytes(*self._result_size(size)) <= free:
-            return
-        side = fitting_vae_tile(self.tiles.vae_tile_size, free, self.model.vae_bytes_per_pixel())
-        # Both kinds of tile share the overlap.
-        side = min(self.tiles.vae_tile_size, max(side, self.tiles.tile_overlap + 64))
-        logger.info("[tsdsr] VAE tiles of %d px fit the %.1f GB that are free.", side, free / 1e9)
-        self.tiles = replace(self.tiles, vae_tile_size=side)
-
-    def _tile_bytes(self, height: int, width: int) -> float:
-        return min(height * width, self.tiles.vae_tile_size**2) * self.model.vae_bytes_per_pixel()
+        # The picture in float32 at several stages, and the strip that is being decoded.
+        return 6 * 12 * height * width + self.model.vae_bytes(height * width, self.tiles)
 
     def run(self, picture: Tensor, generator: torch.Generator | None) -> Tensor:
         """One picture (1, 3, H, W) in 0..1 -> (1, 3, H', W')."""

@@ -212,8 +212,8 @@ class TSDSRTiledUpscale(io.ComfyNode):
                     min=256,
                     max=8192,
                     step=64,
-                    tooltip="Side of the VAE's tiles, in pixels of the result; smaller ones need less memory. Begins "
-                    "smaller where this does not fit into free memory.",
+                    tooltip="Larger pictures go through the VAE in strips of as many pixels as a square of this side. "
+                    "Strips need less memory and do not change the result; they begin smaller where memory is short.",
                 )
             ),
         ]
@@ -228,11 +228,10 @@ class TSDSRTiledUpscale(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size=None, tile_overlap=None, vae_tile_size=None) -> bool | str:
-        for name, side in (("tile_size", tile_size), ("vae_tile_size", vae_tile_size)):
-            # Linked inputs are not known yet; the pipeline checks them when it runs.
-            if isinstance(side, int) and isinstance(tile_overlap, int) and tile_overlap > side - 16:
-                return f"tile_overlap must be at least 16 px smaller than {name} ({side}), not {tile_overlap}."
+    def validate_inputs(cls, tile_size=None, tile_overlap=None) -> bool | str:
+        # Linked inputs are not known yet; the pipeline checks them when it runs.
+        if isinstance(tile_size, int) and isinstance(tile_overlap, int) and tile_overlap > tile_size - 16:
+            return f"tile_overlap must be at least 16 px smaller than tile_size ({tile_size}), not {tile_overlap}."
         return True
 
     @classmethod

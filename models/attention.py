@@ -103,6 +103,9 @@ class SelfOrCrossAttention(_Dispatched):
 
         `attention_mask` is added to the scores: (B, 1, keys) or (B, tokens, keys).
         """
+        if hasattr(hidden_states, "attention"):
+            # Not a tensor but a map that is worked on strip by strip (pipelines/strips.py).
+            return hidden_states.attention(self, attn)
         tokens = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         if hidden_states.ndim == 4:
             tokens = tokens.flatten(2).mT

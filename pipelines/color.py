@@ -1,11 +1,14 @@
 """Colour correction of an enlarged picture by the small one it came from.
 
-Pure functions on batches (B, 3, H, W), float, values 0..1, any device; results are clamped to 0..1.
+Pure functions on batches (B, 3, H, W), float, values 0..1, any device; results are clamped to 0..1. Maps that are
+worked on strip by strip (`Rows`) come out as such.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .strips import Rows, per_pixel
 
 WAVELET_LEVELS = 5
 
@@ -35,9 +38,12 @@ def _match_statistics(images: Tensor, reference: Tensor) -> Tensor:
     """Per channel, give `images` the mean and standard deviation (variance + 1e-5) of `reference`."""
 
     def mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
-        flat = x.flatten(2)
-        variance = flat.var(dim=2, correction=min(1, flat.shape[2] - 1)) + 1e-5
-        return flat.mean(dim=2)[..., None, None], variance.sqrt()[..., None, None]
+        if isinstance(x, Rows):
+            mean, variance = x.moments()
+        else:
+            flat = x.flatten(2)
+            mean, variance = flat.mean(dim=2), flat.var(dim=2, correction=min(1, flat.shape[2] - 1))
+        return mean[..., None, None], (variance + 1e-5).sqrt()[..., None, None]
 
     mean, std = mean_and_std(images)
     reference_mean, reference_std = mean_and_std(reference)
@@ -77,7 +83,8 @@ def lab_to_rgb(images: Tensor) -> Tensor:
 
 def lab_color_fix(images: Tensor, reference: Tensor) -> Tensor:
     """Mean and standard deviation of L, a and b of the small picture: colours move together with lightness."""
-    return lab_to_rgb(_match_statistics(rgb_to_lab(images), rgb_to_lab(reference))).clamp(0, 1)
+    matched = _match_statistics(per_pixel(rgb_to_lab, images), per_pixel(rgb_to_lab, reference))
+    return per_pixel(lab_to_rgb, matched).clamp(0, 1)
 
 
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix, "lab": lab_color_fix}

@@ -2,8 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -29,11 +28,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..models.attention import check_fused_projections, use_dispatcher
 from ..models.prompt_embeddings import PromptEmbeddings
+from .codec import WINDOW, plan_codec, run_in_strips, sample_windows
 from .color import COLOR_FIXES
 from .lora import TSDSRLoraLoaderMixin, keeps_adapters
+from .memory import Tiles, is_out_of_memory, smaller_tiles
 from .placement import TSDSRPlacementMixin
+from .precision import Overflowed, Precision, announce
 from .saving import TSDSRSavingMixin
-from .tiling import TilesDone, count_tiles, pad_to_multiple, reduce_bicubic, run_tiled, working_size
+from .strips import Rows, per_pixel
+from .tiling import TilePlan, TileProgress, TilesDone, pad_to_multiple, reduce_bicubic, run_tiled, working_size
 
 
 @dataclass
@@ -47,6 +50,18 @@ class TSDSRPipelineOutput(BaseOutput):
     """
 
     images: Any
+
+
+def _picture_rows(picture: Any) -> Rows:
+    """A picture that gives float32 (n, W, 3) in 0..1 by `rows(top, bottom)` as a map (1, 3, H, W)."""
+
+    def read(top: int, bottom: int) -> Tensor:
+        rows = torch.from_numpy(picture.rows(top, bottom)).movedim(-1, 0)[None]
+        if not torch.isfinite(rows).all():
+            raise ValueError("`image` holds NaN or infinite values.")
+        return rows.clamp(0, 1)
+
+    return Rows((1, 3, picture.height, picture.width), torch.float32, "cpu", read)
 
 
 class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin, DiffusionPipeline):
@@ -90,6 +105,10 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         "tokenizer_3",
     ]
     _callback_tensor_inputs = ["latents"]
+
+    retries_smaller = True
+    """Whether a call that runs out of memory tries again with smaller tiles. Hosts that manage memory themselves set it
+    to False and get the error."""
 
     # Other prompts are encoded exactly as SD3 does it; `encode_prompt` calls these.
     _get_clip_prompt_embeds = StableDiffusion3Pipeline._get_clip_prompt_embeds
@@ -298,11 +317,11 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         for name, size in (("tile_size", tile_size), ("vae_tile_size", vae_tile_size)):
             if not isinstance(size, Integral) or size < multiple:
                 raise ValueError(f"`{name}` must be a whole number of at least {multiple} pixels, not {size!r}.")
-            if not isinstance(tile_overlap, Integral) or not 0 <= tile_overlap <= size - multiple:
-                raise ValueError(
-                    f"`tile_overlap` must be a whole number from 0 to {size - multiple} pixels "
-                    f"({multiple} less than `{name}`), not {tile_overlap!r}."
-                )
+        if not isinstance(tile_overlap, Integral) or not 0 <= tile_overlap <= tile_size - multiple:
+            raise ValueError(
+                f"`tile_overlap` must be a whole number from 0 to {tile_size - multiple} pixels "
+                f"({multiple} less than `tile_size`), not {tile_overlap!r}."
+            )
         if not isinstance(tile_batch_size, Integral) or tile_batch_size < 1:
             raise ValueError(f"`tile_batch_size` must be a whole number of at least 1, not {tile_batch_size!r}.")
         if isinstance(generator, list) and len(generator) != pictures:
@@ -317,16 +336,20 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {unknown}."
             )
 
-    def prepare_images(self, image: PipelineImageInput) -> list[Tensor]:
+    def prepare_images(self, image: PipelineImageInput) -> list[Tensor | Rows]:
         """One tensor (1, 3, H, W), float32, 0..1, for every picture of PIL, NumPy, tensor, or lists of them.
 
-        Greyscale becomes RGB and alpha is dropped; 8 and 16-bit integers are divided by their maximum.
+        Greyscale becomes RGB and alpha is dropped; 8 and 16-bit integers are divided by their maximum. Pictures with
+        `rows(top, bottom)` become maps that are read strip by strip.
 
         Raises:
             ValueError: for other types, channel counts, empty pictures, and values far outside 0..1.
         """
-        tensors: list[Tensor] = []
+        tensors: list[Tensor | Rows] = []
         for item in image if isinstance(image, list | tuple) else [image]:
+            if hasattr(item, "rows"):
+                tensors.append(_picture_rows(item))
+                continue
             if isinstance(item, Tensor):
                 batch = item.detach()
                 batch = batch[None] if batch.ndim == 3 else batch[None, None] if batch.ndim == 2 else batch
@@ -368,6 +391,32 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             raise ValueError("`image` is an empty list; pass at least one picture.")
         return tensors
 
+    def _with_less_memory(self, tiles: Tiles, longest: int, shortage: str, device: torch.device) -> Tiles:
+        """The next thing to try where memory ran out; says so.
+
+        Raises:
+            MemoryError: if nothing is left.
+        """
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = smaller_tiles(tiles, longest)
+        if smaller is not None:
+            changed = {name: value for name, value in asdict(smaller).items() if value != getattr(tiles, name)}
+            announce(
+                "Out of memory: trying again with %s.", ", ".join(f"{name}={value}" for name, value in changed.items())
+            )
+            return smaller
+        if device.type != "cpu" and not getattr(self, "_offloads_on_shortage", False):
+            announce("Out of memory: trying again with the weights kept on the CPU until they are needed.")
+            self._offloads_on_shortage = True
+            self.enable_model_cpu_offload(device=device)
+            return tiles
+        words = (shortage.splitlines() or ["no further word"])[0]
+        raise MemoryError(
+            f"Not enough memory even with the smallest tiles ({words}); close other programs, choose a smaller"
+            " `upscale`, or load the model in half precision."
+        )
+
     @torch.no_grad()
     @keeps_adapters
     def __call__(
@@ -395,12 +444,15 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         callback_on_step_end: Callable[["TSDSRPipeline", int, float, dict[str, Tensor]], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (diffusers' signature)
         tile_callback: Callable[[TilesDone], None] | None = None,
+        rows_callback: Callable[[np.ndarray, int], None] | None = None,
     ) -> TSDSRPipelineOutput | tuple:
         """Enlarge one or more pictures. No registered component is changed.
 
         Args:
             image: PIL images, NumPy arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), float in 0..1
-                or 8/16-bit integers, or a list of them; sizes may differ.
+                or 8/16-bit integers, or a list of them; sizes may differ. Also pictures that are read as they are
+                needed: anything with `height`, `width` and `rows(top, bottom)` that gives float32 (n, W, 3) in 0..1,
+                as `tsdsr.imaging.Picture`.
             upscale: any factor of at least 1; the result is exactly `round(upscale * size)`. Ignored where `height`
                 or `width` is given.
             height, width: size of the result in pixels; where only one is given the other keeps the proportions.
@@ -418,8 +470,9 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 Pictures of no more than `tile_size` squared are not tiled.
             tile_overlap: of tiles, in pixels of the result.
             tile_batch_size: the network's tiles of one forward pass.
-            vae_tile_size: larger pictures are encoded and decoded in tiles of this side, pixels of the result. For a
-                VAE with group normalisation this approximates the untiled result.
+            vae_tile_size: larger pictures are encoded and decoded in strips of as many pixels as a square of this side,
+                fewer where memory is short. Strips do not change the result: group norms and attention work on the
+                whole picture up to 2048 squared pixels, beyond on an even sample of it.
             sample_posterior: draw from the encoder's posterior, as the published code does, instead of its mode.
             generator: for that draw; a list holds one for each picture.
             latents: encoded pictures (B, C, h, w) of the padded working size, as `output_type="latent"` scales them,
@@ -434,12 +487,17 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             tile_callback: called after each network call with a `tiling.TilesDone`: how many tiles of this picture are
                 done, where they lie and what came out. An exception it raises ends the call, which is how a host stops
                 between tiles.
+            rows_callback: called with each finished strip, float32 (n, W', 3) in 0..1, and its first row: from top to
+                bottom, picture after picture. Nothing is kept then, `images` is empty, and memory does not grow with
+                the picture's height.
 
         Returns:
             A `TSDSRPipelineOutput`, or a tuple with its images.
 
         Raises:
-            ValueError: for arguments that cannot be used, and for a result with NaN or Inf.
+            ValueError: for arguments that cannot be used, and for a result with NaN or Inf in float32; what overflows
+                in half precision is redone in float32.
+            MemoryError: if memory runs out with the smallest tiles as well.
         """
         # 1. Arguments
         pictures = self.prepare_images(image)
@@ -500,22 +558,17 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         # A UNet's stays a whole number: in bfloat16 999 would be 1000.
         timestep = scheduler.timesteps[:1].to(denoiser.dtype) if self.unet is None else scheduler.timesteps[:1]
 
-        # 4. Units: tiles are counted in latent pixels for the network
+        # 4. Units
         factor = self.vae_scale_factor
         coarsest = self.size_multiple // factor
-        latent_tile = tile_size // self.size_multiple * coarsest
-        vae_tile = vae_tile_size // self.size_multiple * coarsest
         # A transformer's tiles begin at whole patches and are no longer than its table of positions.
         grain, longest = 1, sys.maxsize
         if self.unet is None:
             grain, longest = coarsest, denoiser.config.pos_embed_max_size * coarsest
-        latent_tile = min(latent_tile, longest)
-        latent_overlap = min(tile_overlap // factor, latent_tile - grain) // grain * grain
-        vae_overlap = tile_overlap // factor // grain * grain
         scaling = vae.config.scaling_factor
         shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.config.use_shift_factor else 0.0
 
-        def encode(pixels: Tensor) -> Tensor:
+        def encode(pixels: Tensor | Rows) -> Tensor | Rows:
             draws = generator[index] if isinstance(generator, list) else generator
             encoded = vae.encode(pixels.to(vae.dtype))
             if hasattr(encoded, "latents"):
@@ -535,7 +588,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             )[0]
 
         def one_step(prediction: Tensor, noisy: Tensor) -> Tensor:
-            """The result's latents, of the whole picture or of tiles."""
+            """The result's latents, of the whole picture or of a part."""
             # Anew, because flow-matching schedulers count their steps.
             scheduler.set_timesteps(**step_at, device=device)
             if self.unet is None:
@@ -551,117 +604,112 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             )[1]
             return clean.to(noisy.dtype)
 
-        def decode(latent_tiles: Tensor) -> Tensor:
-            return vae.decode(latent_tiles.to(vae.dtype), return_dict=False)[0]
+        def decode(latents: Tensor | Rows) -> Tensor | Rows:
+            return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
-        results = []
-        for index, lq in enumerate(pictures):
-            lq = lq.to(device)
-            size = (lq.shape[-2], lq.shape[-1])
-
-            # 5. Sizes: the result's, the one the networks work at, and that padded to whole patches
+        def sizes(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+            """Of the result, and of the picture that the networks work at."""
             if height is None and width is None:
                 target = (round(upscale * size[0]), round(upscale * size[1]))
-                working = working_size(size, target, upscale, process_size)
-            else:
-                target = (
-                    height or max(1, round(size[0] * width / size[1])),
-                    width or max(1, round(size[1] * height / size[0])),
-                )
-                working = working_size(size, target, None, process_size)
+                return target, working_size(size, target, upscale, process_size)
+            target = (
+                height or max(1, round(size[0] * (width or 0) / size[1])),
+                width or max(1, round(size[1] * (height or 0) / size[0])),
+            )
+            return target, working_size(size, target, None, process_size)
 
-            # 6. Resize: bicubic, antialiased only where a requested size makes the picture smaller
-            shrinks = working[0] < size[0] or working[1] < size[1]
-            pixels = F.interpolate(lq, size=working, mode="bicubic", align_corners=False, antialias=shrinks)
-            pixels = pad_to_multiple((pixels * 2 - 1).clamp(-1, 1), self.size_multiple)
-
-            # 7. Plan
-            rows, columns = pixels.shape[-2] // factor, pixels.shape[-1] // factor
+        def enlarge(lq: Tensor | Rows, target: tuple[int, int], working: tuple[int, int]) -> Tensor | Rows:
+            """Steps 6 to 11 for one picture: (1, 3, H', W') in 0..1, or its latents."""
+            # 6. Plan, in latent pixels; the working picture is padded to whole patches
+            rows, columns = (-(-side // self.size_multiple) * coarsest for side in working)
+            latent_tile = min(tiles.tile_size // self.size_multiple * coarsest, longest)
+            latent_overlap = min(tiles.tile_overlap // factor, latent_tile - grain) // grain * grain
             small = rows * columns <= latent_tile**2 and max(rows, columns) <= longest
-            step_tile = max(rows, columns) if small else latent_tile
-            codec_tile = max(rows, columns) if rows * columns <= vae_tile**2 else vae_tile
-            codec_tiles = count_tiles(rows, columns, codec_tile, vae_overlap)
-            codec_passes = (latents is None) + (output_type != "latent")
-            total = count_tiles(rows, columns, step_tile, latent_overlap) + codec_tiles * codec_passes
-            with self.progress_bar(total=total) as progress_bar:
-                done = 0
+            step_plan = TilePlan.even(
+                (rows, columns), max(rows, columns) if small else latent_tile, latent_overlap, grain
+            )
+            codec = plan_codec(
+                vae,
+                rows * factor,
+                columns * factor,
+                tiles.vae_tile_size,
+                self.size_multiple,
+                device,
+                keep_colors=color_fix in ("adain", "lab"),
+            )
+            by_rows = codec.strips > 1
+            if isinstance(lq, Rows) and not by_rows:
+                lq = lq.whole()
+            lq = (Rows.of(lq) if isinstance(lq, Tensor) and by_rows else lq).to(device)
+            total = len(step_plan.corners) + codec.strips * ((latents is None) + (output_type != "latent"))
+            bar = self.progress_bar(total=total)
+            progress = TileProgress(total, (rows * factor, columns * factor), bar, tile_callback)
 
-                def report(
-                    stage: str,
-                    pixels_each: int,
-                    padded=(pixels.shape[-2], pixels.shape[-1]),
-                    progress_bar=progress_bar,
-                    total=total,
-                ) -> Callable:
-                    """What `run_tiled` calls in one stage, where a pixel of its input covers `pixels_each` pixels."""
+            def of_vae(stage: str, network: Callable, x: Any, windows: Callable[[], Tensor]) -> Any:
+                """The VAE's half over the whole picture, at once or in strips."""
+                pixels_each = factor if stage == "encode" else 1
 
-                    def tiles_done(corners: list[tuple[int, int]], inputs: Tensor, outputs: Tensor) -> None:
-                        nonlocal done
-                        done += len(corners)
-                        progress_bar.update(len(corners))
-                        if tile_callback is not None:
-                            if stage == "step":
-                                outputs = one_step(outputs, inputs)
-                            sides = inputs.shape[-2:]
-                            boxes = [(*(edge * pixels_each for edge in (*corner, *sides)),) for corner in corners]
-                            tile_callback(TilesDone(stage, done, total, padded, boxes, inputs, outputs))
+                def strip_done(top: int, bottom: int, rows: Tensor, inputs: Tensor | None = None) -> None:
+                    box = (top * pixels_each, 0, (bottom - top) * pixels_each, columns * factor)
+                    progress.tell(stage, [box], inputs, lambda: rows)
 
-                    return tiles_done
+                if by_rows:
+                    return run_in_strips(stage, network, x, codec, windows, precision, strip_done)
+                result = precision.run(stage, network, x)
+                strip_done(0, result.shape[-2], result, x)
+                return result
 
-                # 8. Encode
-                if latents is None:
-                    lq_latents = run_tiled(
-                        encode,
-                        pixels,
-                        codec_tile * factor,
-                        vae_overlap * factor,
-                        scale=Fraction(1, factor),
-                        on_tiles_done=report("encode", 1),
+            def tiles_done(corners: list[tuple[int, int]], inputs: Tensor, outputs: Tensor) -> None:
+                sides = inputs.shape[-2:]
+                boxes = [(*(edge * factor for edge in (*corner, *sides)),) for corner in corners]
+                progress.tell("step", boxes, inputs, lambda: one_step(outputs, inputs))
+
+            # 7. Resize: bicubic, antialiased only where a requested size makes the picture smaller
+            def resized() -> Any:
+                shrinks = working[0] < lq.shape[-2] or working[1] < lq.shape[-1]
+                pixels = F.interpolate(lq, size=working, mode="bicubic", align_corners=False, antialias=shrinks)
+                return pad_to_multiple((pixels * 2 - 1).clamp(-1, 1), self.size_multiple)
+
+            # 8. Encode
+            if latents is None:
+                lq_latents = of_vae("encode", encode, resized(), lambda: sample_windows(resized(), WINDOW))
+                lq_latents = (lq_latents - shift) * scaling
+            else:
+                lq_latents = latents[index : index + 1].to(device)
+                if lq_latents.shape[-2:] != (rows, columns):
+                    raise ValueError(
+                        f"`latents` must be {rows}x{columns} for this picture, "
+                        f"not {lq_latents.shape[-2]}x{lq_latents.shape[-1]}."
                     )
-                    lq_latents = (lq_latents - shift) * scaling
-                else:
-                    lq_latents = latents[index : index + 1].to(device)
-                    if lq_latents.shape[-2:] != (rows, columns):
-                        raise ValueError(
-                            f"`latents` must be {rows}x{columns} for this picture, "
-                            f"not {lq_latents.shape[-2]}x{lq_latents.shape[-1]}."
-                        )
-                lq_latents = lq_latents.to(denoiser.dtype)
+            lq_latents = lq_latents.to(denoiser.dtype)
 
-                # 9. One step
-                prediction = run_tiled(
-                    predict,
-                    lq_latents,
-                    step_tile,
-                    latent_overlap,
-                    tile_batch_size,
-                    on_tiles_done=report("step", factor),
-                )
-                hq_latents = one_step(prediction, lq_latents)
-                if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, hq_latents)
-                    changed = callback_on_step_end(self, 0, scheduler.timesteps[0], tensors) or {}
-                    hq_latents = changed.get("latents", hq_latents)
-                if output_type == "latent":
-                    results.append(hq_latents)
-                    continue
+            # 9. One step
+            prediction = run_tiled(
+                lambda latent_tiles: precision.run("step", predict, latent_tiles),
+                lq_latents,
+                step_plan,
+                tiles.tile_batch_size,
+                on_tiles_done=tiles_done,
+            )
+            hq_latents = per_pixel(one_step, prediction, lq_latents)
+            if isinstance(hq_latents, Rows) and (callback_on_step_end or output_type == "latent" or codec.sampled):
+                hq_latents = hq_latents.whole()
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, hq_latents)
+                changed = callback_on_step_end(self, 0, scheduler.timesteps[0], tensors) or {}
+                hq_latents = changed.get("latents", hq_latents)
+            if output_type == "latent":
+                return hq_latents
 
-                # 10. Decode
-                decoded = run_tiled(
-                    decode,
-                    hq_latents / scaling + shift,
-                    codec_tile,
-                    vae_overlap,
-                    scale=Fraction(factor),
-                    on_tiles_done=report("decode", factor),
-                )
+            # 10. Decode
+            hq_latents = hq_latents / scaling + shift
+            decoded = of_vae(
+                "decode",
+                decode,
+                Rows.of(hq_latents) if by_rows and isinstance(hq_latents, Tensor) else hq_latents,
+                lambda: sample_windows(hq_latents, WINDOW // factor),
+            )
             decoded = decoded[:, :, : working[0], : working[1]].float()
-            if not torch.isfinite(decoded).all():
-                dtypes = " and ".join(sorted({str(m.dtype).removeprefix("torch.") for m in (vae, denoiser)}))
-                raise ValueError(
-                    f"The result holds NaN or Inf: the networks overflowed in {dtypes}; load the pipeline with "
-                    "dtype=torch.bfloat16 or torch.float32."
-                )
 
             # 11. Size and colour, once for the whole picture
             picture = decoded.clamp(-1, 1) / 2 + 0.5
@@ -669,7 +717,43 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 picture = reduce_bicubic(picture, target)
             if color_fix != "none":
                 picture = COLOR_FIXES[color_fix](picture, lq)
-            results.append(picture)
+            return picture
+
+        # 5. Each picture, again where memory ran out or a strip overflowed
+        results: list[Tensor] = []
+        tiles = Tiles(tile_size, tile_overlap, tile_batch_size, vae_tile_size)
+        overflowed: set[str] = set()
+        for index, lq in enumerate(pictures):
+            target, working = sizes((lq.shape[-2], lq.shape[-1]))
+            precision, handed = Precision(overflowed), 0
+            draws = generator[index] if isinstance(generator, list) else generator
+            state = None if draws is None else draws.get_state()
+            while True:
+                shortage = None
+                try:
+                    result = enlarge(lq, target, working)
+                    if rows_callback is None or output_type == "latent":
+                        results.append(result.whole() if isinstance(result, Rows) else result)
+                        break
+                    for top, strip in result.strips() if isinstance(result, Rows) else [(0, result)]:
+                        bottom = top + strip.shape[-2]
+                        if bottom > handed:
+                            fresh = strip[..., max(handed - top, 0) :, :]
+                            handed = bottom
+                            rows_callback(VaeImageProcessor.pt_to_numpy(fresh)[0], bottom - fresh.shape[-2])
+                    break
+                except Overflowed:
+                    pass
+                except Exception as error:
+                    if not (self.retries_smaller and is_out_of_memory(error)):
+                        raise
+                    # Words alone: the traceback would hold on to the tensors that filled the memory.
+                    shortage = str(error)
+                result = None
+                if shortage is not None:
+                    tiles = self._with_less_memory(tiles, max(working), shortage, device)
+                if draws is not None:
+                    draws.set_state(state)
 
         # 12. Output
         self.maybe_free_model_hooks()

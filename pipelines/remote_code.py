@@ -13,8 +13,12 @@ CODE_FILE = "pipeline.py"
 MODULES = (
     "models/prompt_embeddings.py",
     "models/attention.py",
+    "pipelines/strips.py",
     "pipelines/tiling.py",
     "pipelines/color.py",
+    "pipelines/memory.py",
+    "pipelines/precision.py",
+    "pipelines/codec.py",
     "pipelines/lora.py",
     "pipelines/placement.py",
     "pipelines/saving.py",

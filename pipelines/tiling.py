@@ -5,12 +5,13 @@ Pure functions of sizes and tensors; the pipeline calls them, they know nothing 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .strips import Rows
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TilesDone:
         total: how many there will be.
         size: height and width of the padded working picture in pixels.
         boxes: (top, left, height, width) of each tile of this call, in pixels of that picture.
-        inputs: what the network was given, (tiles, C, h, w).
+        inputs: what the network was given, (tiles, C, h, w); None for a strip of a large picture, which a VAE works on
+            row by row.
         outputs: what came of that, (tiles, D, h', w'), each tile by itself, before it is blended with others; for
             "step" not the prediction, whose meaning differs between networks, but where the one step leads with it.
     """
@@ -34,8 +36,37 @@ class TilesDone:
     total: int
     size: tuple[int, int]
     boxes: list[tuple[int, int, int, int]]
-    inputs: Tensor
+    inputs: Tensor | None
     outputs: Tensor
+
+
+class TileProgress:
+    """Counts a picture's tiles and tells of them.
+
+    Args:
+        total: how many there will be.
+        size: height and width of the padded working picture in pixels.
+        bar: diffusers' progress bar.
+        callback: see `TilesDone`.
+    """
+
+    def __init__(self, total: int, size: tuple[int, int], bar: Any, callback: Callable[[TilesDone], None] | None):
+        self._total, self._size, self._bar, self._callback, self._done = total, size, bar, callback, 0
+
+    def tell(
+        self,
+        stage: str,
+        boxes: list[tuple[int, int, int, int]],
+        inputs: Tensor | None,
+        outputs: Callable[[], Tensor],
+    ) -> None:
+        """Tiles, or a strip, that are done; `outputs` is asked for where somebody listens."""
+        self._done += len(boxes)
+        self._bar.update(len(boxes))
+        if self._done == self._total:
+            self._bar.close()
+        if self._callback is not None:
+            self._callback(TilesDone(stage, self._done, self._total, self._size, boxes, inputs, outputs()))
 
 
 def working_size(
@@ -65,7 +96,7 @@ def working_size(
     return round(int(size[0] * factor) * upscale), round(int(size[1] * factor) * upscale)
 
 
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(images: Tensor | Rows, multiple: int) -> Tensor | Rows:
     """Pad (B, C, H, W) at the right and the bottom to multiples of `multiple`: mirrored, repeated where too small."""
     height, width = images.shape[-2:]
     for pad, side, edges in (
@@ -77,7 +108,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return images
 
 
-def reduce_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+def reduce_bicubic(images: Tensor | Rows, size: tuple[int, int]) -> Tensor | Rows:
     """Resize (B, C, H, W) in 0..1 with the antialiased bicubic filter, as Pillow does it for the published procedure.
 
     First across, then down, clamped after each: overshoot of the first pass does not reach the second.
@@ -86,77 +117,135 @@ def reduce_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(across, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side: steps of `tile - overlap`, the last tile flush with the border."""
+def tile_starts(length: int, tile: int, overlap: int, grain: int = 1) -> list[int]:
+    """Where tiles begin along a side: as few as overlap by at least `overlap`, spread evenly from border to border.
+
+    Args:
+        length: of the side; like `tile` and `overlap` a multiple of `grain`.
+        tile: side of a tile.
+        overlap: of neighbours at least, smaller than `tile`.
+        grain: tiles begin at multiples of this.
+    """
     if length <= tile:
         return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
+    steps = -(-(length - tile) // (tile - overlap))
+    return [round(step * (length - tile) / steps / grain) * grain for step in range(steps + 1)]
 
 
-def gaussian_weights(height: int, width: int) -> Tensor:
-    """Separable Gaussian of shape (height, width), variance 0.01 in units of the tile's side, centred on the tile.
+def gaussian_weights(length: int) -> Tensor:
+    """Gaussian of variance 0.01 in units of the tile's side `length`, centred on the tile.
 
     The published weights are centred half a latent pixel too low; these are not.
     """
-    sides = []
-    for length in (height, width):
-        offset = (torch.arange(length, dtype=torch.float32) - (length - 1) / 2) / length
-        sides.append(torch.exp(-offset.square() / (2 * 0.01)))
-    return torch.outer(*sides)
+    offset = (torch.arange(length, dtype=torch.float32) - (length - 1) / 2) / length
+    return torch.exp(-offset.square() / (2 * 0.01))
 
 
-def count_tiles(height: int, width: int, tile: int, overlap: int) -> int:
-    """How many tiles `run_tiled` will run."""
-    return len(tile_starts(height, tile, overlap)) * len(tile_starts(width, tile, overlap))
+@dataclass(frozen=True)
+class TilePlan:
+    """Overlapping tiles of one size over a map.
+
+    Attributes:
+        size: height and width of the map.
+        tile: height and width of a tile.
+        tops, lefts: where tiles begin.
+    """
+
+    size: tuple[int, int]
+    tile: tuple[int, int]
+    tops: list[int]
+    lefts: list[int]
+
+    @classmethod
+    def even(cls, size: tuple[int, int], tile: int, overlap: int, grain: int = 1) -> "TilePlan":
+        """Tiles of side `tile` at most, spread evenly (`tile_starts`) over both sides."""
+        return cls(
+            size,
+            (min(tile, size[0]), min(tile, size[1])),
+            tile_starts(size[0], tile, overlap, grain),
+            tile_starts(size[1], tile, overlap, grain),
+        )
+
+    @property
+    def corners(self) -> list[tuple[int, int]]:
+        """(top, left) of every tile, row by row."""
+        return [(top, left) for top in self.tops for left in self.lefts]
+
+    def weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """How much each tile counts along the height and along the width; over a pixel's tiles they sum to one."""
+        return _sum_to_one(self.size[0], self.tile[0], self.tops), _sum_to_one(self.size[1], self.tile[1], self.lefts)
+
+
+def _sum_to_one(length: int, tile: int, starts: list[int]) -> list[Tensor]:
+    weights, total = gaussian_weights(tile), torch.zeros(length)
+    for start in starts:
+        total[start : start + tile] += weights
+    return [weights / total[start : start + tile] for start in starts]
 
 
 def run_tiled(
     function: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tile: int,
-    overlap: int,
+    x: Tensor | Rows,
+    plan: TilePlan,
     batch_size: int = 1,
-    scale: Fraction = Fraction(1),
     on_tiles_done: Callable[[list[tuple[int, int]], Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """Apply `function` to overlapping tiles of `x` and blend the results with Gaussian weights that sum to one.
+) -> Tensor | Rows:
+    """Apply `function` to the tiles of `x` and blend the results.
 
     Args:
-        function: maps (b, C, h, w) to (b, D, h * scale, w * scale).
-        x: (B, C, H, W). Sides that are not longer than `tile` are not cut.
-        tile: side of a tile, in pixels of `x`.
-        overlap: of neighbouring tiles, in pixels of `x`, smaller than `tile`.
+        function: maps (b, C, h, w) to the same shape.
+        x: (B, C, H, W). Of a map that is worked on by rows only those of the tiles in work are held.
+        plan: where tiles lie.
         batch_size: tiles of one call of `function`.
-        scale: size of the result over size of `x`; tiles must begin at whole pixels of the result.
-        on_tiles_done: called after each call of `function` with the (top, left) of its tiles in `x`, what `function`
-            was given, and what it returned.
+        on_tiles_done: called after each call of `function` with the (top, left) of its tiles, what `function` was
+            given, and what it returned.
 
     Returns:
-        (B, D, H * scale, W * scale), blended in float32, in the dtype that `function` returns.
+        (B, C, H, W), blended in float32, in the dtype of `x`; worked on by rows where `x` is.
     """
-    batch, _, height, width = x.shape
-    tile_height, tile_width = min(tile, height), min(tile, width)
-    corners = [(top, left) for top in tile_starts(height, tile, overlap) for left in tile_starts(width, tile, overlap)]
-    if len(corners) == 1:
+    corners = plan.corners
+    if len(corners) == 1 and isinstance(x, Tensor):
         result = function(x)
         if on_tiles_done:
             on_tiles_done(corners, x, result)
         return result
-    total: Any = None
-    for first in range(0, len(corners), batch_size):
-        group = corners[first : first + batch_size]
-        tiles = torch.cat([x[:, :, top : top + tile_height, left : left + tile_width] for top, left in group])
-        outputs = function(tiles)
-        if total is None:
-            weights = gaussian_weights(*outputs.shape[-2:]).to(outputs.device)
-            shape = (batch, outputs.shape[1], int(height * scale), int(width * scale))
-            total = torch.zeros(shape, device=outputs.device)
-            weight_sum = torch.zeros(shape[-2:], device=outputs.device)
-        for (top, left), output in zip(group, outputs.split(batch), strict=True):
-            rows = slice(int(top * scale), int(top * scale) + output.shape[-2])
-            columns = slice(int(left * scale), int(left * scale) + output.shape[-1])
-            total[:, :, rows, columns] += output * weights
-            weight_sum[rows, columns] += weights
-        if on_tiles_done:
-            on_tiles_done(group, tiles, outputs)
-    return (total / weight_sum).to(outputs.dtype)
+    source = Rows.of(x) if isinstance(x, Tensor) else x
+    batch, channels = source.shape[:2]
+    height, width = plan.size
+    tile_height, tile_width = plan.tile
+    down, across = plan.weights()
+    done = 0
+    # Rows from `start` on to which tiles in work have added.
+    start, total = 0, torch.zeros(batch, channels, 0, width, device=source.device)
+
+    def first_open() -> int:
+        """The first row to which a tile is yet to add."""
+        return corners[done][0] if done < len(corners) else height
+
+    def compute(top: int, bottom: int) -> Tensor:
+        nonlocal done, start, total
+        while first_open() < bottom:
+            group = corners[done : done + batch_size]
+            first, last = group[0][0], group[-1][0] + tile_height
+            band = source.read(first, last)
+            tiles = torch.cat(
+                [band[..., y - first : y - first + tile_height, left : left + tile_width] for y, left in group]
+            )
+            outputs = function(tiles)
+            missing = last - start - total.shape[-2]
+            if missing > 0:
+                total = torch.cat([total, total.new_zeros(batch, channels, missing, width)], dim=-2)
+            for (y, left), output in zip(group, outputs.split(batch), strict=True):
+                weights = torch.outer(down[plan.tops.index(y)], across[plan.lefts.index(left)]).to(total.device)
+                total[..., y - start : y - start + tile_height, left : left + tile_width] += output * weights
+            done += len(group)
+            if on_tiles_done:
+                on_tiles_done(group, tiles, outputs)
+        result = total[..., top - start : bottom - start, :].to(source.dtype)
+        start, total = bottom, total[..., bottom - start :, :].clone()
+        return result
+
+    blended = Rows(
+        source.shape, source.dtype, source.device, compute, [source], reach=lambda _: first_open(), kept=True
+    )
+    return blended.whole() if isinstance(x, Tensor) else blended

@@ -135,7 +135,7 @@ def test_tiles(embedded, pictures, tile_batch_size):
 
 
 def test_overlap_is_validated():
-    good = {"tile_size": 128, "tile_overlap": 32, "vae_tile_size": 256}
+    good = {"tile_size": 128, "tile_overlap": 32}
     assert TSDSRTiledUpscale.validate_inputs(**good) is True
     assert "tile_size (128)" in TSDSRTiledUpscale.validate_inputs(**{**good, "tile_overlap": 120})
     assert TSDSRTiledUpscale.validate_inputs(**{**good, "tile_size": None, "tile_overlap": 120}) is True
@@ -341,27 +341,6 @@ def test_other_errors_are_not_taken_for_memory(embedded, pictures):
             tiled(embedded, pictures())
     finally:
         hook.remove()
-
-
-def test_vae_tiles_begin_where_they_fit(embedded, pictures, monkeypatch, caplog):
-    from comfy import model_management
-
-    caplog.set_level("INFO")
-    monkeypatch.setattr(model_management, "get_free_memory", lambda *_, **__: 400e6)
-    tiled(embedded, pictures(1, 40, 40))
-    assert "VAE tiles of" not in caplog.text  # this one fits whole
-    seen = []
-    hook = embedded.pipeline.vae.decoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    upscale(embedded, pictures(1, 130, 10), 4.0, process_size=0)
-    assert not seen[1:]
-    monkeypatch.setattr(model_management, "get_free_memory", lambda *_, **__: 200e6)
-    upscale(embedded, pictures(1, 80, 110), 4.0, process_size=0)
-    tiled(embedded, pictures(1, 100, 110), 4.0, tile_size=512, tile_overlap=320)  # an overlap larger than such tiles
-    hook.remove()
-    assert "VAE tiles of 384 px" in caplog.text
-    seen = [shape for shape in seen if max(shape[-2:]) != 96]
-    assert "VAE tiles of 256 px fit the 0.2 GB" in caplog.text
-    assert len(seen) > 2 and {max(shape[-2:]) for shape in seen[1:]} == {64}
 
 
 def test_a_failing_compiler_is_left_out(embedded, pictures, caplog):

@@ -182,17 +182,6 @@ def test_tile_batch_size_does_not_change_the_result(make_pipeline, picture, tile
     torch.testing.assert_close(more, one, rtol=0, atol=1e-5)
 
 
-def test_vae_tiles_cover_the_picture(make_pipeline, picture):
-    """AutoencoderTiny has only local layers: with enough overlap, tiled and untiled agree away from tile borders."""
-    pipeline = make_pipeline()
-    pipeline.transformer.proj_out.weight.data.zero_()
-    pipeline.transformer.proj_out.bias.data.zero_()
-    arguments = {"output_type": "pt", "color_fix": "none", "process_size": 0, "tile_size": 64, "tile_overlap": 32}
-    whole = pipeline(picture(40, 40), **arguments).images
-    tiled = pipeline(picture(40, 40), vae_tile_size=64, **arguments).images
-    assert (whole - tiled).abs().mean() < 2e-3
-
-
 @pytest.mark.parametrize("tile_batch_size", [1, 3])
 @pytest.mark.parametrize("output_type", ["pil", "latent"])
 def test_tile_callback_counts_up_to_its_total(make_pipeline, picture, tile_batch_size, output_type):
@@ -285,10 +274,10 @@ def test_prompt_embeds_take_the_place_of_the_fixed_prompt(make_pipeline, picture
     assert not torch.allclose(results[0], results[2], atol=1e-3)
 
 
-def test_nan_names_the_dtype_and_the_mend(make_pipeline, picture):
+def test_nan_of_damaged_weights_names_the_part_and_the_mend(make_pipeline, picture):
     pipeline = make_pipeline()
     pipeline.transformer.proj_out.bias.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"float32.*dtype=torch\.bfloat16 or torch\.float32"):
+    with pytest.raises(ValueError, match=r"network of the one step makes NaN or Inf even in float32.*download"):
         pipeline(picture(8, 8), **SMALL)
 
 

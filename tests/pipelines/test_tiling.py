@@ -1,6 +1,5 @@
 """Sizes and tiles: pure functions."""
 
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tsdsr.pipelines.strips import Rows, Work
 from tsdsr.pipelines.tiling import (
-    count_tiles,
+    TilePlan,
     gaussian_weights,
     pad_to_multiple,
     reduce_bicubic,
@@ -54,51 +54,85 @@ def test_padding_keeps_the_picture_in_the_corner(height, width):
 
 
 @pytest.mark.parametrize(
-    ("length", "tile", "overlap"), [(64, 64, 8), (65, 64, 8), (500, 64, 8), (120, 64, 0), (7, 9, 1)]
+    ("length", "tile", "overlap", "grain"),
+    [
+        (64, 64, 8, 2),
+        (66, 64, 8, 2),
+        (500, 64, 8, 2),
+        (120, 64, 0, 1),
+        (7, 9, 1, 1),
+        (1000, 64, 16, 4),
+        (121, 40, 39, 1),
+    ],
 )
-def test_tiles_cover_every_pixel_and_end_at_the_border(length, tile, overlap):
-    starts = tile_starts(length, tile, overlap)
-    covered = torch.zeros(length)
-    for start in starts:
-        covered[start : start + tile] += 1
-        assert start >= 0 and (start + tile <= length or len(starts) == 1)
-    assert covered.min() >= 1
-    assert all(later - earlier <= tile - overlap for earlier, later in pairwise(starts))
+def test_tiles_cover_every_pixel_evenly(length, tile, overlap, grain):
+    starts = tile_starts(length, tile, overlap, grain)
+    assert starts[0] == 0 and starts[-1] == max(0, length - tile)
+    assert all(start % grain == 0 for start in starts)
+    steps = [later - earlier for earlier, later in pairwise(starts)]
+    assert all(0 < step <= tile - overlap for step in steps)
+    # No sliver: all steps alike, and one tile fewer would not do.
+    assert not steps or max(steps) - min(steps) <= grain
+    assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) + tile < length
 
 
 def test_weights_are_centred_on_the_tile():
-    weights = gaussian_weights(6, 9)
-    assert torch.equal(weights, weights.flip(0)) and torch.equal(weights, weights.flip(1))
-    assert weights.argmax() in (2 * 9 + 4, 3 * 9 + 4)
+    weights = gaussian_weights(9)
+    assert torch.equal(weights, weights.flip(0)) and weights.argmax() == 4
     # variance 0.01 in units of the side: exp(-0.5 * (1/9)^2 / 0.01) one pixel beside the centre
-    assert weights[2, 5] / weights[2, 4] == pytest.approx(torch.exp(torch.tensor(-((1 / 9) ** 2) / 0.02)).item())
+    assert weights[5] / weights[4] == pytest.approx(torch.exp(torch.tensor(-((1 / 9) ** 2) / 0.02)).item())
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_pointwise_functions_do_not_notice_tiling(batch_size):
+@pytest.mark.parametrize(("height", "width"), [(37, 50), (16, 50), (16, 16), (200, 40)])
+def test_weights_of_a_pixel_sum_to_one_and_change_smoothly(height, width):
+    plan = TilePlan.even((height, width), 16, 4)
+    total = torch.zeros(height, width)
+    down, across = plan.weights()
+    for top, rows in zip(plan.tops, down, strict=True):
+        for left, columns in zip(plan.lefts, across, strict=True):
+            total[top : top + 16, left : left + 16] += torch.outer(rows, columns)
+            # At a tile's edge it hardly counts, so that it brings no step with it.
+            assert top == 0 or rows[0] < 0.02
+            assert left + 16 == width or columns[-1] < 0.02
+    torch.testing.assert_close(total, torch.ones(height, width))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_pointwise_functions_do_not_notice_tiling(batch_size, by_rows):
     x = torch.rand(2, 3, 37, 50)
-    counts = []
+    counts, plan = [], TilePlan.even((37, 50), 16, 4)
     result = run_tiled(
-        lambda t: 2 * t + 1, x, 16, 4, batch_size, on_tiles_done=lambda corners, _, __: counts.append(len(corners))
+        lambda t: 2 * t + 1,
+        Rows.of(x, Work(strips=9)) if by_rows else x,
+        plan,
+        batch_size,
+        on_tiles_done=lambda corners, _, __: counts.append(len(corners)),
     )
-    torch.testing.assert_close(result, 2 * x + 1)
-    assert sum(counts) == count_tiles(37, 50, 16, 4) and max(counts) <= batch_size
+    torch.testing.assert_close(result.whole() if by_rows else result, 2 * x + 1)
+    assert sum(counts) == len(plan.corners) == 12 and max(counts) <= batch_size
+    assert len(counts) == -(-12 // batch_size)
 
 
-@pytest.mark.parametrize("scale", [Fraction(2), Fraction(1, 2)])
-def test_scaling_functions_land_in_their_place(scale):
-    x = torch.rand(1, 3, 40, 56)
-
-    def resize(t):
-        return torch.nn.functional.interpolate(t, scale_factor=float(scale), mode="area" if scale < 1 else "nearest")
-
-    torch.testing.assert_close(run_tiled(resize, x, 16, 4, scale=scale), resize(x))
+def test_tiles_of_a_map_are_run_only_when_their_rows_are_read():
+    x, seen = torch.rand(1, 3, 64, 16), []
+    blended = run_tiled(
+        lambda t: t,
+        Rows.of(x),
+        TilePlan.even((64, 16), 16, 4),
+        on_tiles_done=lambda corners, _, __: seen.extend(corners),
+    )
+    torch.testing.assert_close(blended.rows(0, 10), x[..., :10, :])
+    assert seen == [(0, 0)]
+    torch.testing.assert_close(blended.rows(10, 30), x[..., 10:30, :])
+    assert [top for top, _ in seen] == [0, 12, 24]
 
 
 def test_neighbours_are_blended_smoothly():
     """Two tiles that disagree by one level meet without a step."""
     calls = iter((0.0, 1.0))
-    result = run_tiled(lambda t: torch.full_like(t, next(calls)), torch.zeros(1, 1, 64, 112), 64, 16)[0, 0, 0]
+    plan = TilePlan.even((64, 112), 64, 16)
+    result = run_tiled(lambda t: torch.full_like(t, next(calls)), torch.zeros(1, 1, 64, 112), plan)[0, 0, 0]
     assert result[0] == 0 and result[-1] == 1
     assert (result.diff() >= 0).all() and result.diff().max() < 0.35
 

@@ -1,0 +1,147 @@
+"""The VAE over pictures of any size: whole where that fits, else strip by strip with the same result.
+
+Up to `EXACT` squared pixels, group norms take their statistics over the whole picture and attention sees all of it, as
+if the VAE had run at once. Above, both see an even sample of windows; the rest is exact still.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory import (
+    EXACT,
+    STREAMED,
+    fitting_side,
+    free_memory,
+    kept_bytes_per_pixel,
+    strips_of,
+    vae_bytes_per_pixel,
+)
+from .precision import InFloat32, Precision
+from .strips import Rows, Work
+
+# Side in pixels, and number along a side, of the windows in which a large picture's statistics are measured, and how
+# much of each is left out at its borders.
+WINDOW, WINDOWS, MARGIN = 256, 5, 1 / 8
+
+
+@dataclass(frozen=True)
+class CodecPlan:
+    """How the VAE goes over one picture.
+
+    Attributes:
+        strips: in how many; 1 for the whole at once.
+        sampled: whether group norms and attention see a sample.
+        in_file: whether what is kept of the whole picture lies in a temporary file rather than in memory.
+    """
+
+    strips: int
+    sampled: bool
+    in_file: bool
+
+
+def needs(vae: Any) -> tuple[list[int], int, bool]:
+    """Widths of its maps from the finest on, bytes of a number, and whether all of its layers are local."""
+    widths = getattr(vae.config, "block_out_channels", None) or vae.config.decoder_block_out_channels
+    local = not any(isinstance(module, nn.GroupNorm) for module in vae.modules())
+    return list(widths), next(vae.parameters()).element_size(), local
+
+
+def plan_codec(
+    vae: Any, height: int, width: int, vae_tile_size: int, multiple: int, device: torch.device, keep_colors: bool
+) -> CodecPlan:
+    """The plan for a picture of this many pixels, with the memory that is free now.
+
+    Args:
+        vae_tile_size: strips have at most this many pixels squared.
+        multiple: strips are at least this high.
+        keep_colors: whether the decoded picture is read twice.
+    """
+    widths, itemsize, local = needs(vae)
+    side = min(vae_tile_size, STREAMED) if local else vae_tile_size
+    side = fitting_side(side, free_memory(device), vae_bytes_per_pixel(widths, itemsize, local))
+    strips = 1 if height * width <= side * side else strips_of(height, width, side, multiple)
+    if strips > 1:
+        latent_rows = height // multiple
+        strips = -(-latent_rows // -(-latent_rows // strips))
+    sampled = not local and height * width > EXACT * EXACT
+    kept = 12.0 * keep_colors * height * width
+    if not local and not sampled:
+        kept += kept_bytes_per_pixel(widths, itemsize) * height * width
+    room = free_memory("cpu") or 0.0
+    return CodecPlan(strips, sampled, in_file=kept > room / 2)
+
+
+def sample_windows(x: Tensor | Rows, side: int) -> Tensor:
+    """Windows of a map (1, C, H, W), spread evenly over it: (n, C, side, side)."""
+    height, width = x.shape[-2:]
+    side = min(side, height, width)
+    down = max(1, min(WINDOWS, height // side))
+    across = max(1, min(WINDOWS**2 // down, width // side))
+    windows = []
+    for row in range(down):
+        top = (2 * row + 1) * (height - side) // (2 * down) if down > 1 else (height - side) // 2
+        band = x.rows(top, top + side) if isinstance(x, Rows) else x[..., top : top + side, :]
+        for column in range(across):
+            left = (2 * column + 1) * (width - side) // (2 * across) if across > 1 else (width - side) // 2
+            windows.append(band[..., left : left + side].clone())
+    return torch.cat(windows)
+
+
+def run_in_strips(
+    stage: str,
+    network: Callable[[Rows], Rows],
+    x: Rows,
+    plan: CodecPlan,
+    windows: Callable[[], Tensor],
+    precision: Precision,
+    on_strip: Callable[[int, int, Tensor], None],
+) -> Rows:
+    """One half of the VAE over a map.
+
+    Args:
+        stage: its name.
+        network: calls it.
+        x: what it reads.
+        plan: how.
+        windows: gives samples of `x` (n, C, h, w), where the plan wants them.
+        precision: whether the half is redone in float32.
+        on_strip: called with (top, bottom, rows) of each strip of the result.
+
+    Raises:
+        Overflowed: while the result is read, where it holds NaN or Inf.
+    """
+    mode = InFloat32() if stage in precision.redone else None
+    work = Work(plan.strips, in_file=plan.in_file)
+
+    def read(top: int, bottom: int) -> Tensor:
+        with mode.paused() if mode else nullcontext():
+            return x.read(top, bottom)
+
+    # Compiled networks are made for tensors.
+    with torch.compiler.set_stance("force_eager"):
+        result = network(Rows(x.shape, x.dtype, x.device, read, [x], work=work))
+        if plan.sampled and work.sees_whole_map:
+            sample = windows()
+            measured = Work(plan.strips, margin=MARGIN)
+            with mode or nullcontext():
+                network(Rows.of(sample, measured)).whole()
+            work.statistics[:], work.attended[:] = measured.statistics, measured.attended
+    step = work.step(result.shape[-2])
+
+    def compute(top: int, bottom: int) -> Tensor:
+        parts = []
+        for start in range(top, bottom, step):
+            stop = min(start + step, bottom)
+            with mode or nullcontext():
+                part = result.read(start, stop)
+            precision.check(stage, part)
+            on_strip(start, stop, part)
+            parts.append(part)
+        return torch.cat(parts, dim=-2)
+
+    return Rows(result.shape, result.dtype, result.device, compute, [result], kept=True, align=step)
