@@ -24,9 +24,10 @@ from .memory import (
 from .precision import InFloat32, Precision
 from .strips import Rows, Work
 
-# Side in pixels, and number along a side, of the windows in which a large picture's statistics are measured, and how
-# much of each is left out at its borders.
-WINDOW, WINDOWS, MARGIN = 256, 5, 1 / 8
+# Windows in which a large picture's statistics are measured: how many, one below the other, their height and width in
+# pixels, and how much of their height is left out at each side. Wide ones, because most pictures change from top to
+# bottom more than across.
+WINDOWS, WINDOW, MARGIN = 8, (192, 2688), 1 / 8
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,18 @@ def plan_codec(
     return CodecPlan(strips, sampled, in_file=kept > room / 2)
 
 
-def sample_windows(x: Tensor | Rows, side: int) -> Tensor:
-    """Windows of a map (1, C, H, W), spread evenly over it: (n, C, side, side)."""
-    height, width = x.shape[-2:]
-    side = min(side, height, width)
-    down = max(1, min(WINDOWS, height // side))
-    across = max(1, min(WINDOWS**2 // down, width // side))
+def sample_windows(x: Tensor | Rows, height: int, width: int) -> Tensor:
+    """`WINDOWS` windows of a map (1, C, H, W), spread evenly over its height and its width: (n, C, height, width)."""
+    height, width = min(height, x.shape[-2]), min(width, x.shape[-1])
+    count = max(1, min(WINDOWS, x.shape[-2] // height))
+    down, across = x.shape[-2] - height, x.shape[-1] - width
     windows = []
-    for row in range(down):
-        top = (2 * row + 1) * (height - side) // (2 * down) if down > 1 else (height - side) // 2
-        band = x.rows(top, top + side) if isinstance(x, Rows) else x[..., top : top + side, :]
-        for column in range(across):
-            left = (2 * column + 1) * (width - side) // (2 * across) if across > 1 else (width - side) // 2
-            windows.append(band[..., left : left + side].clone())
+    for number in range(count):
+        top = down * number // max(1, count - 1)
+        # From one side to the other by the golden ratio, which leaves no part out.
+        left = int(across * ((0.5 + number * 0.618034) % 1))
+        rows = x.rows(top, top + height) if isinstance(x, Rows) else x[..., top : top + height, :]
+        windows.append(rows[..., left : left + width].clone())
     return torch.cat(windows)
 
 

@@ -672,7 +672,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
 
             # 8. Encode
             if latents is None:
-                lq_latents = of_vae("encode", encode, resized(), lambda: sample_windows(resized(), WINDOW))
+                lq_latents = of_vae("encode", encode, resized(), lambda: sample_windows(resized(), *WINDOW))
                 lq_latents = (lq_latents - shift) * scaling
             else:
                 lq_latents = latents[index : index + 1].to(device)
@@ -707,7 +707,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 "decode",
                 decode,
                 Rows.of(hq_latents) if by_rows and isinstance(hq_latents, Tensor) else hq_latents,
-                lambda: sample_windows(hq_latents, WINDOW // factor),
+                lambda: sample_windows(hq_latents, *(side // factor for side in WINDOW)),
             )
             decoded = decoded[:, :, : working[0], : working[1]].float()
 

@@ -76,7 +76,8 @@ class Work:
     Attributes:
         strips: how many strips a map is cut into where it is read as a whole.
         margin: None for statistics of each picture. Else the batch holds windows of one picture: they are pooled, and
-            this share of every side is left out, where a window sees borders that the picture has not.
+            as much as this share of their height is left out at every side, where a window sees borders that the
+            picture has not.
         in_file: keep what is read twice in a temporary file rather than in memory.
         statistics: mean and variance (B or 1, groups) of each normalisation, in the order of the network's calls, None
             while they are not known.
@@ -377,7 +378,8 @@ class Rows:
                 rows = normed.read(top, min(top + step, self.shape[-2]))
                 if work.margin is not None:
                     # Windows of one picture: an even sample of their pixels, without the borders.
-                    rows = rows[..., int(rows.shape[-1] * work.margin) : -int(rows.shape[-1] * work.margin) or None]
+                    away = int(self.shape[-2] * work.margin)
+                    rows = rows[..., away : rows.shape[-1] - away]
                 pairs.append(tuple(layer(tokens(rows)) for layer in (attn.to_k, attn.to_v)))
             key, value = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
             if work.margin is not None:
@@ -501,15 +503,15 @@ def _group_norm(
 
         def groups(rows: Tensor, top: int) -> Tensor:
             if work.margin is not None:
-                away, aside = int(height * work.margin), int(rows.shape[-1] * work.margin)
-                rows = rows[..., max(away - top, 0) : max(height - away - top, 0), aside : rows.shape[-1] - aside]
+                away = int(height * work.margin)
+                rows = rows[..., max(away - top, 0) : max(height - away - top, 0), away : rows.shape[-1] - away]
                 # Of all windows together
                 rows = rows.transpose(0, 1)[None]
             return rows.reshape(rows.shape[0], num_groups, -1).float()
 
         inner = height * input.shape[-1]
         if work.margin is not None:
-            inner = input.shape[0] * math.prod(side - 2 * int(side * work.margin) for side in input.shape[-2:])
+            inner = input.shape[0] * math.prod(side - 2 * int(height * work.margin) for side in input.shape[-2:])
         mean, square = _joined_moments(input, groups)
         return mean, square / (inner * (channels // num_groups))
 

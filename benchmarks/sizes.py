@@ -1,0 +1,74 @@
+"""Peak memory and seconds of `tsdsr upscale`, picture in to file out, over sizes of the result.
+
+python -m benchmarks.sizes
+python -m benchmarks.sizes --sides 1024 2048 --format tif
+
+A photograph, repeated in mirror images to the size it takes, is enlarged four times to a square PNG by the command in a
+process of its own. Peak memory is what the system says of that process (`ru_maxrss`), with all that Python and torch
+take by themselves: the row "imports" is a picture of 16x16. Seconds are of the processor's cores (user and system).
+Rows are added to --results as they come; those that are there already stay unless --again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsdsr.imaging import Picture, read, write
+
+SAMPLE = Path(__file__).parent.parent / "pipelines" / "sample.jpg"
+
+
+def mirrored(sample: np.ndarray, side: int) -> np.ndarray:
+    """A picture (h, w, 3) repeated in mirror images to (side, side, 3)."""
+    pads = [(0, max(0, side - length)) for length in sample.shape[:2]]
+    return np.pad(sample[:side, :side], [*pads, (0, 0)], mode="symmetric")
+
+
+def measure(side: int, suffix: str, more: list[str]) -> dict[str, Any]:
+    """One run of the command for a result of `side` pixels squared."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "in.png"), Path(folder, f"out.{suffix}")
+        write(Picture(mirrored(read(SAMPLE).rgb, max(4, side // 4))), source)
+        command = [sys.executable, "-m", "tsdsr", "upscale", str(source), "-o", str(result), "-s", "4", *more]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed")
+        return {
+            "side": side,
+            "format": suffix,
+            "options": more,
+            "peak_mb": round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6),
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "file_mb": round(result.stat().st_size / 1e6, 1),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", type=int, nargs="+", default=[64, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--format", default="png", help="of the result")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sizes.json")
+    parser.add_argument("--again", action="store_true", help="measure what is there already")
+    args, more = parser.parse_known_args()
+    rows = json.loads(args.results.read_text()) if args.results.exists() else []
+    for side in args.sides:
+        known = [row for row in rows if (row["side"], row["format"], row["options"]) == (side, args.format, more)]
+        if known and not args.again:
+            continue
+        row = measure(side, args.format, more)
+        rows = sorted([*(row for row in rows if row not in known), row], key=lambda row: (row["options"], row["side"]))
+        args.results.write_text(json.dumps(rows, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
