@@ -97,7 +97,7 @@ def fitting_side(side: int, free: float | None, bytes_per_pixel: int) -> int:
     """The side of the largest square up to `side` whose pixels fit into what may be used of `free` bytes."""
     if free is None:
         return side
-    return max(SMALLEST_STRIP, min(side, int(math.sqrt(USABLE * free / bytes_per_pixel))))
+    return max(min(side, SMALLEST_STRIP), min(side, int(math.sqrt(USABLE * free / bytes_per_pixel))))
 
 
 def free_memory(device: Any = "cpu") -> float | None:
