@@ -1,7 +1,8 @@
 """The VAE over pictures of any size: whole where that fits, else strip by strip with the same result.
 
 Up to `EXACT` squared pixels, group norms take their statistics over the whole picture and attention sees all of it, as
-if the VAE had run at once. Above, both see an even sample of windows; the rest is exact still.
+if the VAE had run at once. Above, the norms of its fine maps take theirs from windows, which are the same for all
+strips, and attention sees an even sample of pixels; the rest is exact still.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,10 @@ from .strips import Rows, Work
 # pixels, and how much of their height is left out at each side. Wide ones, because most pictures change from top to
 # bottom more than across.
 WINDOWS, WINDOW, MARGIN = 8, (192, 2688), 1 / 8
+# Coarser maps than this, in pixels, are kept whole for their statistics in large pictures too.
+KEPT = 1024 * 1024
+# Pixels that each pixel of a large picture attends to.
+MOST_KEYS = 2**14
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def plan_codec(
         strips = -(-latent_rows // -(-latent_rows // strips))
     sampled = not local and height * width > EXACT * EXACT
     kept = 12.0 * keep_colors * height * width
-    if not local and not sampled:
+    if sampled:
+        kept += kept_bytes_per_pixel(widths[::-1], itemsize) * KEPT
+    elif not local:
         kept += kept_bytes_per_pixel(widths, itemsize) * height * width
     room = free_memory("cpu") or 0.0
     return CodecPlan(strips, sampled, in_file=kept > room / 2)
@@ -116,7 +123,8 @@ def run_in_strips(
         Overflowed: while the result is read, where it holds NaN or Inf.
     """
     mode = InFloat32() if stage in precision.redone else None
-    work = Work(plan.strips, in_file=plan.in_file)
+    most_keys = MOST_KEYS if plan.sampled else None
+    work = Work(plan.strips, in_file=plan.in_file, most_keys=most_keys)
 
     def read(top: int, bottom: int) -> Tensor:
         with mode.paused() if mode else nullcontext():
@@ -126,11 +134,9 @@ def run_in_strips(
     with torch.compiler.set_stance("force_eager"):
         result = network(Rows(x.shape, x.dtype, x.device, read, [x], work=work))
         if plan.sampled and work.sees_whole_map:
-            sample = windows()
-            measured = Work(plan.strips, margin=MARGIN)
-            with mode or nullcontext():
-                network(Rows.of(sample, measured)).whole()
-            work.statistics[:], work.attended[:] = measured.statistics, measured.attended
+            measured = Work(plan.strips, margin=MARGIN, most_keys=most_keys)
+            sample = network(Rows.of(windows(), measured))
+            _measure(work, measured, sample, mode)
     step = work.step(result.shape[-2])
 
     def compute(top: int, bottom: int) -> Tensor:
@@ -145,3 +151,18 @@ def run_in_strips(
         return torch.cat(parts, dim=-2)
 
     return Rows(result.shape, result.dtype, result.device, compute, [result], kept=True, align=step)
+
+
+def _measure(work: Work, measured: Work, sample: Rows, mode: InFloat32 | None) -> None:
+    """Statistics of the fine maps of `work`, of a large picture, from windows of it, whose result `sample` is."""
+    with mode or nullcontext():
+        # What comes before the first fine map is measured on the picture, so that the windows see it too.
+        for index, (pixels, measure) in enumerate(work.measures):
+            if pixels > KEPT:
+                break
+            work.statistics[index] = measured.statistics[index] = measure()
+        measured.attended[:] = work.attended
+        sample.whole()
+    for index, (pixels, _) in enumerate(work.measures):
+        if pixels > KEPT:
+            work.statistics[index] = measured.statistics[index]

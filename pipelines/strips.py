@@ -24,8 +24,6 @@ from torch import Tensor
 
 # Products of a query and a key, in numbers, that one call of attention may hold.
 LARGEST_SCORES = 2**26
-# Keys that each pixel of a large map attends to.
-MOST_KEYS = 2**14
 # Functions of single pixels, by the names that torch has for them.
 _POINTWISE = frozenset(
     [
@@ -79,15 +77,19 @@ class Work:
             as much as this share of their height is left out at every side, where a window sees borders that the
             picture has not.
         in_file: keep what is read twice in a temporary file rather than in memory.
+        most_keys: how many pixels each attends to at most, spread evenly; None for all.
         statistics: mean and variance (B or 1, groups) of each normalisation, in the order of the network's calls, None
             while they are not known.
+        measures: of each normalisation, the pixels of its map and what measures it.
         attended: keys and values (B or 1, pixels, heads, width) of each attention likewise.
     """
 
     strips: int = 1
     margin: float | None = None
     in_file: bool = False
+    most_keys: int | None = None
     statistics: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    measures: list[tuple[int, Callable[[], tuple[Tensor, Tensor]]]] = field(default_factory=list)
     attended: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
     def step(self, height: int) -> int:
@@ -383,8 +385,10 @@ class Rows:
                 pairs.append(tuple(layer(tokens(rows)) for layer in (attn.to_k, attn.to_v)))
             key, value = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
             if work.margin is not None:
-                every = max(1, -(-key.shape[0] * key.shape[1] // MOST_KEYS))
-                key, value = (part.flatten(0, 1)[None, ::every] for part in (key, value))
+                key, value = (part.flatten(0, 1)[None] for part in (key, value))
+            if work.most_keys is not None:
+                every = -(-key.shape[1] // work.most_keys)
+                key, value = (part[:, ::every] for part in (key, value))
             return key.unflatten(-1, (attn.heads, -1)), value.unflatten(-1, (attn.heads, -1))
 
         def compute(top: int, bottom: int) -> Tensor:
@@ -492,7 +496,6 @@ def _group_norm(
     input: Rows, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Rows:
     work, index = input.work, len(input.work.statistics)
-    work.statistics.append(None)
     channels, height = input.shape[1], input.shape[-2]
     weight = torch.ones(channels) if weight is None else weight.detach()
     bias = torch.zeros(channels) if bias is None else bias.detach()
@@ -514,6 +517,9 @@ def _group_norm(
             inner = input.shape[0] * math.prod(side - 2 * int(height * work.margin) for side in input.shape[-2:])
         mean, square = _joined_moments(input, groups)
         return mean, square / (inner * (channels // num_groups))
+
+    work.statistics.append(None)
+    work.measures.append((height * input.shape[-1], measure))
 
     def compute(top: int, bottom: int) -> Tensor:
         if not line:

@@ -11,6 +11,7 @@ from torch import nn
 from tsdsr.models.attention import use_dispatcher
 from tsdsr.pipelines import codec, strips
 from tsdsr.pipelines.color import COLOR_FIXES
+from tsdsr.pipelines.precision import Precision
 from tsdsr.pipelines.strips import Rows, Work, cubic_weights, per_pixel
 
 
@@ -232,12 +233,13 @@ def test_sampled_statistics_are_near_those_of_the_whole(kl, monkeypatch):
     )
     exact, sampled = Work(10), Work(10)
     whole = encode(kl, Rows.of(x, exact)).whole()
-    measured = Work(10, margin=codec.MARGIN)
+    measured = Work(10, margin=codec.MARGIN, most_keys=50)
     result = encode(kl, Rows.of(x, sampled))
     encode(kl, Rows.of(codec.sample_windows(x, 64, 240), measured)).whole()
     sampled.statistics[:], sampled.attended[:] = measured.statistics, measured.attended
     result = result.whole()
-    assert measured.attended[0][0].shape[0] == 1  # of all windows, for every pixel
+    key, _ = measured.attended[0]
+    assert key.shape[0] == 1 and 25 < key.shape[1] <= 50  # of all windows, for every pixel
     relative = (result - whole).abs().max() / (whole.max() - whole.min())
     assert 1e-6 < relative < 0.15
     unnormalised = Work(10)
@@ -245,6 +247,28 @@ def test_sampled_statistics_are_near_those_of_the_whole(kl, monkeypatch):
     unnormalised.statistics[:] = [(mean * 0, variance * 0 + 1) for mean, variance in exact.statistics]
     unnormalised.attended[:] = exact.attended
     assert (other.whole() - whole).abs().max() > 3 * (result - whole).abs().max()
+
+
+def test_coarse_maps_are_measured_on_the_picture(kl, monkeypatch):
+    """A sample stands for fine maps alone: with all maps kept, it is the whole."""
+    z = smooth(1, 4, 30, 24)
+    whole = decode(kl, z)
+
+    def distance(kept):
+        monkeypatch.setattr(codec, "KEPT", kept)
+        result = codec.run_in_strips(
+            "decode",
+            lambda rows: decode(kl, rows),
+            Rows.of(z),
+            codec.CodecPlan(9, True, False),
+            lambda: codec.sample_windows(z, 8, 20),
+            Precision(set()),
+            lambda *_: None,
+        )
+        return (result.whole() - whole).abs().mean() / whole.std()
+
+    none, coarse, every = distance(0), distance(60 * 48), distance(10**9)
+    assert every < 1e-5 < coarse < none < 0.3
 
 
 def test_windows_are_spread_over_the_picture_and_do_not_overlap():
