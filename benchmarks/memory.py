@@ -181,7 +181,7 @@ def group_offload(kind: str, disk: bool = False) -> Mode:
 MODES: dict[str, Mode] = {
     "fp32": plain(torch.float32),
     "bf16": plain(torch.bfloat16),
-    "vae_tiles": plain(),
+    "vae_strips": plain(),
     "fp8": layerwise(modulation=False),
     "fp8_modulation": layerwise(modulation=True),
     "int8": torchao("Int8WeightOnlyConfig"),
@@ -218,8 +218,8 @@ def measure(mode: str, model: Path, files: Path, args: argparse.Namespace) -> di
     loading = memory.peak()
 
     def call() -> torch.Tensor:
-        # Half a side, so that there are four tiles or more.
-        tiles = {"vae_tile_size": 2 * args.size} if mode == "vae_tiles" else {}
+        # Half a side, so that there are four strips or more.
+        tiles = {"vae_tile_size": 2 * args.size} if mode == "vae_strips" else {}
         picture = photograph(args.size)
         return pipeline(picture, process_size=0, color_fix="none", output_type="pt", **tiles).images.cpu()
 

@@ -5,11 +5,13 @@ python -m benchmarks.sizes --sides 1024 2048 --format tif
 
 A photograph, repeated in mirror images to the size it takes, is enlarged four times to a square PNG by the command in a
 process of its own. Peak memory is what the system says of that process (`ru_maxrss`), with all that Python and torch
-take by themselves: the row "imports" is a picture of 16x16. Seconds are of the processor's cores (user and system).
+take by themselves, as for a result of 64x64. Seconds are of the processor's cores (user and system). The seam score
+says how much the lines where tiles begin and end stand out of those beside them (1: not at all), up to 4096 pixels.
 Rows are added to --results as they come; those that are there already stay unless --again.
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -19,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from tsdsr.evaluation.metrics.artefacts import seam_score
 from tsdsr.imaging import Picture, read, write
+from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
+from tsdsr.pipelines.tiling import TilePlan
 
 SAMPLE = Path(__file__).parent.parent / "pipelines" / "sample.jpg"
 
@@ -29,6 +35,18 @@ def mirrored(sample: np.ndarray, side: int) -> np.ndarray:
     """A picture (h, w, 3) repeated in mirror images to (side, side, 3)."""
     pads = [(0, max(0, side - length)) for length in sample.shape[:2]]
     return np.pad(sample[:side, :side], [*pads, (0, 0)], mode="symmetric")
+
+
+def seams(result: Path, side: int) -> float | None:
+    """The seam score of a result at the borders of the pipeline's own tiles; None for one tile or too many pixels."""
+    defaults = inspect.signature(TSDSRPipeline.__call__).parameters
+    tile = defaults["tile_size"].default
+    if not tile < side <= 4096:
+        return None
+    plan = TilePlan.even((side, side), tile, defaults["tile_overlap"].default, grain=8)
+    borders = sorted({line for top in plan.tops for line in (top, top + tile) if 0 < line < side})
+    picture = torch.from_numpy(read(result, allow_large=True).rgb).movedim(-1, 0)[None]
+    return round(seam_score(picture, rows=borders, columns=borders), 3)
 
 
 def measure(side: int, suffix: str, more: list[str]) -> dict[str, Any]:
@@ -49,6 +67,7 @@ def measure(side: int, suffix: str, more: list[str]) -> dict[str, Any]:
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "file_mb": round(result.stat().st_size / 1e6, 1),
+            "seam_score": seams(result, side),
         }
 
 

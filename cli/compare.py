@@ -8,7 +8,22 @@ from typing import Annotated
 import typer
 
 from .errors import one_sentence
-from .upscale import ColorFix, Dtype, _given, _in_cli_words, _value
+from .options import (
+    ColorFixOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    ProcessSizeOption,
+    SamplePosteriorOption,
+    SeedOption,
+    TileBatchSizeOption,
+    TileOverlapOption,
+    TileSizeOption,
+    UpscaleOption,
+    given,
+    in_cli_words,
+    value,
+)
 
 
 def compare(
@@ -42,22 +57,18 @@ def compare(
     ] = None,
     crops: Annotated[int, typer.Option(min=1, help="Otherwise: how many to choose, where there is structure.")] = 3,
     crop_size: Annotated[int, typer.Option(min=1, help="Their side, in pixels of IN.")] = 64,
-    upscale: Annotated[
-        float | None, typer.Option("--upscale", "-s", help="Factor, 1 or more; may be a fraction.")
-    ] = None,
-    color_fix: Annotated[ColorFix | None, typer.Option(help="Which colours to give the results.")] = None,
-    tile_size: Annotated[int | None, typer.Option(help="Side of a tile, in pixels of the result.")] = None,
-    tile_overlap: Annotated[int | None, typer.Option(help="How far tiles overlap, in pixels of the result.")] = None,
-    tile_batch_size: Annotated[int | None, typer.Option(help="Tiles that run at once.")] = None,
-    process_size: Annotated[int | None, typer.Option(help="Smaller pictures are worked on at this size.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format to run in.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    sample_posterior: Annotated[
-        bool | None, typer.Option(help="Draw from the encoder's posterior, or take its mode.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of that draw.")] = None,
+    upscale: UpscaleOption = None,
+    color_fix: ColorFixOption = None,
+    tile_size: TileSizeOption = None,
+    tile_overlap: TileOverlapOption = None,
+    tile_batch_size: TileBatchSizeOption = None,
+    process_size: ProcessSizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    sample_posterior: SamplePosteriorOption = None,
+    seed: SeedOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show crops side by side, the small picture enlarged by bicubic interpolation first."""
     with one_sentence(debug):
@@ -91,9 +102,9 @@ def compare(
                 crop_size=crop_size,
                 upscale=upscale,
                 seed=seed,
-                loading=_given(dtype=_value(dtype), device=device),
-                calling=_given(
-                    color_fix=_value(color_fix),
+                loading=given(dtype=value(dtype), device=device),
+                calling=given(
+                    color_fix=value(color_fix),
                     tile_size=tile_size,
                     tile_overlap=tile_overlap,
                     tile_batch_size=tile_batch_size,
@@ -103,7 +114,7 @@ def compare(
                 progress=lambda label, name, seconds: typer.echo(f"{label}: {name} ({seconds:.1f} s)"),
             )
         except Exception as error:
-            raise _in_cli_words(error) from error
+            raise in_cli_words(error) from error
         output.parent.mkdir(parents=True, exist_ok=True)
         if page:
             write_page(output, found)

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import one_sentence
-from .upscale import ColorFix, Dtype, _given, _value
+from .options import (
+    ColorFix,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    FidelityOption,
+    ProcessSizeOption,
+    SamplePosteriorOption,
+    TileOverlapOption,
+    TileSizeOption,
+    given,
+    value,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.published import Published
@@ -82,24 +94,22 @@ def evaluate(
     lora: Annotated[
         list[Path] | None, typer.Option("--lora", metavar="DIR...", help="LoRA over the model; two for --fidelity.")
     ] = None,
-    fidelity: Annotated[float | None, typer.Option(help="Mix of two LoRAs, 0 (first) to 1 (second).")] = None,
+    fidelity: FidelityOption = None,
     color_fix: Annotated[
         ColorFix | None, typer.Option(help="Which colours to give results; the papers' tables have adain.")
     ] = None,
-    tile_size: Annotated[int | None, typer.Option(help="Side of a tile, in pixels of the result.")] = None,
-    tile_overlap: Annotated[int | None, typer.Option(help="How far tiles overlap.")] = None,
-    process_size: Annotated[int | None, typer.Option(help="Smaller pictures are worked on at this size.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format to run in.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    sample_posterior: Annotated[
-        bool | None, typer.Option(help="Draw from the encoder's posterior, or take its mode.")
-    ] = None,
+    tile_size: TileSizeOption = None,
+    tile_overlap: TileOverlapOption = None,
+    process_size: ProcessSizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    sample_posterior: SamplePosteriorOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
     fetch: Annotated[
         list[str] | None, typer.Option("--fetch", metavar="NAME...", help="Only download the weights of metrics.")
     ] = None,
     list_metrics: Annotated[bool, typer.Option("--list", help="Only say which metrics there are.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Measure results, or a model's, against ground truths, next to the published figures."""
     with one_sentence(debug):
@@ -137,10 +147,10 @@ def evaluate(
         target = choose_device(device or "auto")
         has_hr = any(case.hr for case in pairs.cases)
         choice = choose_metrics(metrics or DEFAULT_METRICS, target, has_hr)
-        loading = _given(lora=lora, dtype=_value(dtype), device=device)
-        calling = _given(
+        loading = given(lora=lora, dtype=value(dtype), device=device)
+        calling = given(
             fidelity=fidelity,
-            color_fix=_value(color_fix),
+            color_fix=value(color_fix),
             tile_size=tile_size,
             tile_overlap=tile_overlap,
             process_size=process_size,
@@ -151,10 +161,10 @@ def evaluate(
         settings: dict[str, Any] = {
             "label": label or model or (sr.name if sr else ""),
             "command": shlex.join(["tsdsr", *sys.argv[1:]]),
-            **_given(model=model, sr=_text(sr), lr=_text(lr), hr=_text(hr)),
-            **_given(set=pairs.title or None, root=_text(root), degrade=_value(degrade), limit=limit or None),
+            **given(model=model, sr=_text(sr), lr=_text(lr), hr=_text(hr)),
+            **given(set=pairs.title or None, root=_text(root), degrade=value(degrade), limit=limit or None),
             **({"scale": scale, "crop_size": crop_size, "seed": seed} if degrade else {}),
-            **_given(held_aside=held_aside or None),
+            **given(held_aside=held_aside or None),
             **({**loading, **calling, **shown, "seed": seed} if model else {}),
         }
         with ExitStack() as stack:
@@ -166,7 +176,7 @@ def evaluate(
                 choice,
                 folder,
                 upscaler or None,
-                **_given(upscale=upscale),
+                **given(upscale=upscale),
                 crop_border=crop_border,
                 device=target,
                 settings=settings,

@@ -31,19 +31,23 @@ def counting_bar() -> Progress:
 class Display:
     """Lines about finished pictures on stdout, about skipped ones on stderr, bars on stderr below them."""
 
-    def __init__(self, pictures: int) -> None:
+    def __init__(self, pictures: int, process: int | None = None) -> None:
         """Args:
         pictures: how many pictures will be worked on.
+        process: number of this one among processes that share the work: it comes before each line, and there are no
+            bars, which would overwrite those of the others.
         """
         self.pictures = pictures
         self.finished = 0
+        self.prefix = "" if process is None else f"{process}: "
+        self._what = ""
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=process is not None or not sys.stderr.isatty(),
             redirect_stdout=sys.stdout.isatty(),
             transient=True,
         )
@@ -61,15 +65,26 @@ class Display:
 
     def begin(self, what: str) -> None:
         """Show what is being worked on, its length not known yet."""
+        self._what = what
         self._progress.reset(self._present, description=what, total=None)
 
+    def frame(self, number: int, frames: int) -> None:
+        """Show which frame of the present picture is worked on, from 1, of how many, 0 if unknown; tiles begin anew."""
+        if frames != 1:
+            what = f"{self._what}, frame {number}" + (f"/{frames}" if frames else "")
+            self._progress.reset(self._present, description=what, total=None)
+
     def tiles(self, done: int, total: int) -> None:
-        """Tiles finished of the present picture."""
+        """Tiles finished of the present picture, or frame."""
         self._progress.update(self._present, completed=done, total=total)
 
     def end(self, line: str, failed: bool = False) -> None:
         """One picture is dealt with; say how."""
-        self.finished += 1
+        self.keep()
         count = f"[{self.finished}/{self.pictures}] " if self.pictures > 1 else ""
-        typer.echo(count + line, err=failed)
+        typer.echo(self.prefix + count + line, err=failed)
+
+    def keep(self) -> None:
+        """One picture needs nothing done, and no line."""
+        self.finished += 1
         self._progress.update(self._overall, completed=self.finished)

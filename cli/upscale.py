@@ -1,42 +1,42 @@
-"""`tsdsr upscale`: files and folders in, upscaled pictures out."""
+"""`tsdsr upscale`: pictures, folders and films in, upscaled ones out."""
 
 import inspect
+import io
+import math
 import os
-import time
-import traceback
-from dataclasses import dataclass
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
 
-from ..pipelines.memory import is_out_of_memory
-from .errors import INTERRUPTED, UNEXPECTED, fail, one_sentence, sentence
-from .outputs import Job, collect, plan
-
-if TYPE_CHECKING:
-    from ..imaging import Picture
-    from ..pipelines.pipeline_tsdsr import TSDSRPipeline
-    from .progress import Display
-
-
-class ColorFix(str, Enum):
-    """Colour corrections of the pipeline."""
-
-    wavelet = "wavelet"
-    adain = "adain"
-    lab = "lab"
-    none = "none"
-
-
-class Dtype(str, Enum):
-    """Number formats a model can run in."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
+from .errors import fail, one_sentence
+from .jobs import TERMINATED, Settings, Terminated, check_writable, launch, run, share
+from .manifest import Manifest
+from .options import (
+    ColorFixOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    FidelityOption,
+    ProcessSizeOption,
+    SamplePosteriorOption,
+    SeedOption,
+    TileBatchSizeOption,
+    TileOverlapOption,
+    TileSizeOption,
+    UpscaleOption,
+    VaeTileSizeOption,
+    given,
+    value,
+)
+from .outputs import STREAM, Job, collect, plan
 
 
 class Format(str, Enum):
@@ -45,34 +45,40 @@ class Format(str, Enum):
     png = "png"
     jpg = "jpg"
     webp = "webp"
+    avif = "avif"
+    heic = "heic"
     tif = "tif"
+    gif = "gif"
+    bmp = "bmp"
+    exr = "exr"
     same = "same"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the options of one run come to; the dicts hold only what was given."""
+class Subsampling(str, Enum):
+    """How finely JPEG keeps colours."""
 
-    model: str
-    loading: dict[str, Any]
-    calling: dict[str, Any]
-    writing: dict[str, Any]
-    seed: int | None = None
-    allow_large: bool = False
-    debug: bool = False
-
-
-class _Refusal(ValueError):
-    """What the pipeline says to an argument, as it would for every picture."""
+    full = "4:4:4"
+    halved = "4:2:2"
+    quartered = "4:2:0"
 
 
 def upscale(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="Pictures, and folders of pictures.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Pictures, films, folders of them, patterns such as 'photos/**/*.jpg'; - for stdin.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="OUT", help="Folder, or file for one picture (default: beside it)."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder, or file for one picture, or - for stdout (default: beside it).",
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="NAME", help="`embedded`, a pipeline folder, or a Hub id.")
@@ -85,159 +91,134 @@ def upscale(
         list[Path] | None,
         typer.Option("--lora", metavar="DIR", help="LoRA over the model, published or trained; two for --fidelity."),
     ] = None,
-    fidelity: Annotated[
-        float | None, typer.Option(help="Mix of two LoRAs, from 0, the first (realism), to 1, the second (fidelity).")
-    ] = None,
-    upscale: Annotated[
-        float | None, typer.Option("--upscale", "-s", help="Factor, 1 or more; may be a fraction.")
-    ] = None,
-    color_fix: Annotated[ColorFix | None, typer.Option(help="Which colours to give the result.")] = None,
-    tile_size: Annotated[int | None, typer.Option(help="Side of a tile, in pixels of the result.")] = None,
-    tile_overlap: Annotated[int | None, typer.Option(help="How far tiles overlap, in pixels of the result.")] = None,
-    tile_batch_size: Annotated[int | None, typer.Option(help="Tiles that run at once.")] = None,
-    process_size: Annotated[int | None, typer.Option(help="Smaller pictures are worked on at this size.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format to run in.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    sample_posterior: Annotated[
-        bool | None,
-        typer.Option(help="Draw from the encoder's posterior, as the published code does, or take its mode."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of that draw.")] = None,
+    fidelity: FidelityOption = None,
+    upscale: UpscaleOption = None,
+    color_fix: ColorFixOption = None,
+    tile_size: TileSizeOption = None,
+    tile_overlap: TileOverlapOption = None,
+    tile_batch_size: TileBatchSizeOption = None,
+    vae_tile_size: VaeTileSizeOption = None,
+    process_size: ProcessSizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    sample_posterior: SamplePosteriorOption = None,
+    seed: SeedOption = None,
     file_format: Annotated[
         Format | None, typer.Option("--format", help="File format of results (default: OUT's, or png).")
     ] = None,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Quality of jpg and webp.")] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Quality of jpg, webp, avif, heic and films.")
+    ] = None,
+    subsampling: Annotated[Subsampling | None, typer.Option(help="How finely jpg keeps colours.")] = None,
+    lossless: Annotated[bool | None, typer.Option(help="Whether webp keeps every pixel.")] = None,
+    recursive: Annotated[bool, typer.Option(help="Whether folders are searched with their subfolders.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace results that exist.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep results that are whole, and make those that are not.")
+    ] = False,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add a line of JSON for each picture to a file.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only the I-th of N equal shares, for several machines.")
+    ] = None,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Read pictures of any number of pixels.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Upscale pictures. Options left out have the defaults of the pipeline."""
     settings = Settings(
         model=model,
-        loading=_given(prompt_embeddings=prompt_embeddings, lora=lora, dtype=_value(dtype), device=device),
-        calling=_given(
+        loading=given(prompt_embeddings=prompt_embeddings, lora=lora, dtype=value(dtype), device=device),
+        calling=given(
             upscale=upscale,
             fidelity=fidelity,
-            color_fix=_value(color_fix),
+            color_fix=value(color_fix),
             tile_size=tile_size,
             tile_overlap=tile_overlap,
             tile_batch_size=tile_batch_size,
+            vae_tile_size=vae_tile_size,
             process_size=process_size,
             sample_posterior=sample_posterior,
         ),
-        writing=_given(quality=quality),
+        writing=given(quality=quality, subsampling=value(subsampling), lossless=lossless),
         seed=seed,
+        resume=resume,
         allow_large=allow_large,
         debug=debug,
     )
-    with one_sentence(debug):
-        from ..imaging import SUPPORTED_OUTPUT_SUFFIXES, find_images
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal or log has no letters for
+    with one_sentence(debug), _signals_as_interrupts(), ExitStack() as stack:
+        from ..imaging import SUPPORTED_OUTPUT_SUFFIXES
 
         if lora and len(lora) > 1 and fidelity is None:
             raise ValueError("two LoRAs are mixed: say how with --fidelity, from 0 to 1, or name one.")
-        sources = collect(inputs, find_images)
+        if upscale is not None and not 1 <= upscale < math.inf:
+            raise ValueError(f"--upscale must be a number of at least 1, not {upscale:g}.")
+        if resume and overwrite:
+            raise ValueError("--resume keeps what is whole and --overwrite replaces it: choose one.")
+        sources = collect(inputs, recursive, skip=output)
         factor = _pipeline_default if upscale is None else lambda: upscale
-        jobs = plan(sources, output, _value(file_format), factor, SUPPORTED_OUTPUT_SUFFIXES)
-        todo = [job for job in jobs if overwrite or not job.output.resolve().exists()]
+        launched = launch()
+        every = plan(sources, output, value(file_format), factor, SUPPORTED_OUTPUT_SUFFIXES)
+        jobs = share(every, shard, launched)
+        if jobs and jobs[0].output == STREAM:
+            if sys.stdout.isatty():
+                raise ValueError("a picture is nothing for a terminal: name a file with -o, or lead stdout elsewhere.")
+            settings = replace(settings, stdout=sys.stdout.buffer, stdout_format=_stdout_format(jobs[0], file_format))
+            stack.enter_context(redirect_stdout(sys.stderr))
+        if jobs and jobs[0].source == STREAM and sys.stdin.isatty():
+            raise ValueError("no picture comes from stdin, which is a terminal: name a file, or lead one there.")
+        process = None if launched is None else launched.rank
+        prefix = "" if process is None else f"{process}: "
+        todo = []
         for job in jobs:
-            if job not in todo:
-                typer.echo(f"kept {job.output} (--overwrite replaces it)")
-        if todo:
+            if overwrite or resume or job.output == STREAM or not os.path.exists(os.path.realpath(job.output)):
+                todo.append(job)
+            else:
+                typer.echo(f"{prefix}kept {job.output} (--overwrite replaces it)")
+        check_writable(todo)
+        records = None if manifest is None else stack.enter_context(Manifest(manifest))
+        if todo or launched is not None:
             from .progress import Display
 
-            with Display(len(todo)) as display:
-                run(todo, settings, display)
+            with Display(len(todo), process) as display:
+                run(todo, settings, display, records)
 
 
-def run(jobs: list[Job], settings: Settings, display: "Display") -> None:
-    """Do the jobs in order. One that fails is reported and skipped, or ends the command where it is the only one.
+def _stdout_format(job: Job, file_format: Format | None) -> str:
+    if file_format is not Format.same:
+        return value(file_format) or "png"
+    if job.source == STREAM:
+        raise ValueError("--format same goes by the picture's name, and one from stdin has none: name the format.")
+    from ..imaging import SUPPORTED_OUTPUT_SUFFIXES
 
-    Raises:
-        ValueError, OSError: the only picture cannot be read or written, the model cannot be loaded, or the pipeline
-            refuses an argument (which it would for every picture).
-        typer.Exit: with 1 if pictures were skipped, with 130 after Ctrl-C.
-    """
-    from ..imaging import UnreadableImageError, read
+    suffix = job.source.suffix.lower()
+    return suffix.lstrip(".") if suffix in SUPPORTED_OUTPUT_SUFFIXES else "png"
 
-    pipeline: TSDSRPipeline | None = None
-    written = skipped = 0
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """What ends the process from elsewhere is met as Ctrl-C is: with what is begun cleared away."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python allows handlers there alone
+    # What is ignored stays so, SIGHUP under nohup.
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, terminate)
     try:
-        for job in jobs:
-            problem: Exception
-            try:
-                display.begin(f"reading {job.source.name}")
-                picture = read(job.source, allow_large=settings.allow_large)
-            except UnreadableImageError as error:
-                problem = _in_cli_words(error)
-            else:
-                if pipeline is None:
-                    display.begin("loading the model")
-                    pipeline = _load(settings)
-                try:
-                    line = _upscale_one(pipeline, picture, job, settings, display)
-                except Exception as error:
-                    if isinstance(error, _Refusal) and not written:
-                        raise
-                    problem = _in_cli_words(error)
-                else:
-                    written += 1
-                    display.end(line)
-                    continue
-            if len(jobs) == 1:
-                raise problem
-            skipped += 1
-            if settings.debug:
-                traceback.print_exception(problem)
-            display.end(f"skipped {job.source}: {sentence(problem)}", failed=True)
-    except KeyboardInterrupt:
-        kept = f" {written} of {len(jobs)} pictures are finished and kept." if len(jobs) > 1 else ""
-        fail(f"interrupted.{kept}", INTERRUPTED)
-    if skipped:
-        fail(f"{skipped} of {len(jobs)} pictures were skipped.", UNEXPECTED)
-
-
-def _load(settings: Settings) -> "TSDSRPipeline":
-    if settings.model == "embedded" or Path(settings.model).exists():
-        # Read by huggingface_hub when it is first imported: a model that is here needs no network.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    from diffusers.utils.logging import disable_progress_bar
-
-    from ..pipelines.loading import load_pipeline
-
-    disable_progress_bar()  # of loading, which is written to log files too
-    pipeline = load_pipeline(settings.model, **settings.loading)
-    pipeline.set_progress_bar_config(disable=True)  # the command has its own
-    return pipeline
-
-
-def _upscale_one(
-    pipeline: "TSDSRPipeline", picture: "Picture", job: Job, settings: Settings, display: "Display"
-) -> str:
-    """Upscale and write one picture; returns the line that says so."""
-    import torch
-
-    from ..imaging import write
-
-    display.begin(job.source.name)
-    start = time.perf_counter()
-    calling = dict(settings.calling)
-    if settings.seed is not None:
-        # A generator a picture: its result does not depend on which pictures came before.
-        calling["generator"] = torch.Generator("cpu").manual_seed(settings.seed)
-    try:
-        result = pipeline(
-            image=picture.rgb,
-            output_type="np",
-            tile_callback=lambda event: display.tiles(event.done, event.total),
-            **calling,
-        ).images[0]
-    except ValueError as error:
-        raise _Refusal(str(error)) from error
-    finished = picture.with_rgb(result)
-    job.output.parent.mkdir(parents=True, exist_ok=True)
-    write(finished, job.output, **settings.writing)
-    seconds = time.perf_counter() - start
-    return f"{job.source} -> {job.output} ({finished.width}x{finished.height}, {seconds:.1f} s)"
+        yield
+    except Terminated:
+        fail("terminated.", TERMINATED)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _pipeline_default() -> float:
@@ -245,21 +226,3 @@ def _pipeline_default() -> float:
     from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 
     return inspect.signature(TSDSRPipeline.__call__).parameters["upscale"].default
-
-
-def _in_cli_words(error: Exception) -> Exception:
-    """The same problem, with the mend said as an option of this command."""
-    if isinstance(error, ValueError) and "allow_large=True" in str(error):
-        return ValueError(str(error).replace("allow_large=True", "--allow-large"))
-    if is_out_of_memory(error):
-        return MemoryError("not enough memory; try a smaller --tile-size or --tile-batch-size, or --device cpu.")
-    return error
-
-
-def _value(choice: Enum | None) -> str | None:
-    return None if choice is None else choice.value
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; the others keep the defaults of what is called."""
-    return {name: value for name, value in options.items() if value is not None}

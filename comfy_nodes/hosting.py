@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..pipelines.memory import STREAMED, Tiles, is_out_of_memory, smaller_tiles, vae_bytes_per_pixel
-from .pictures import batch_of, frame, resized, upscaled_mask
+from .pictures import batch_of, frame, masks_of, resized, upscaled_mask
 from .preview import Progress
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def upscale_batch(
         The pictures, (B, H', W', 3 or 4) float32, and a mask (B', H', W'): the enlarged one, or the transparency of the
         pictures, or zeros.
     """
-    batch = batch_of(image, "image")
+    batch, masks = batch_of(image, "image"), masks_of(mask)
     count = batch.shape[0]
     model.set_lora_strength(lora_strength)
     progress = Progress(count)
@@ -148,8 +148,9 @@ def upscale_batch(
                 results[index, ..., 3] = resized(picture[:, 3:], tuple(rgb.shape[-2:]))[0, 0]
     assert results is not None
     shape = (results.shape[1], results.shape[2])
-    enlarged = upscaled_mask(mask, shape)
-    if enlarged is None:
+    if masks is not None:
+        enlarged = upscaled_mask(masks, shape)
+    else:
         # ComfyUI's masks mark what is transparent.
         enlarged = 1 - results[..., 3] if results.shape[-1] == 4 else torch.zeros(1, *shape, device=results.device)
     return results, enlarged.to(results.device)

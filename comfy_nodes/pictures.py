@@ -9,7 +9,7 @@ def batch_of(image: Tensor, name: str) -> Tensor:
     """An IMAGE as (B, H, W, C), as it is.
 
     Raises:
-        ValueError: for anything that is not pictures of at least one pixel with 1, 3 or 4 channels.
+        ValueError: for anything that is not pictures of at least one pixel with 1, 3 or 4 channels of floating point.
     """
     wrong = not isinstance(image, Tensor) or image.ndim not in (3, 4) or image.shape[-1] not in (1, 3, 4)
     if wrong or not image.numel():
@@ -18,6 +18,9 @@ def batch_of(image: Tensor, name: str) -> Tensor:
             f"{name} must hold pictures of at least one pixel, (batch, height, width, 1, 3 or 4 channels), not {shape};"
             " connect an IMAGE output."
         )
+    if not image.is_floating_point():
+        kind = str(image.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must hold floating point values in 0..1, not {kind}; divide them by their maximum.")
     return image[None] if image.ndim == 3 else image
 
 
@@ -43,12 +46,25 @@ def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pictures.float(), size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def upscaled_mask(mask: Tensor | None, size: tuple[int, int]) -> Tensor | None:
-    """A MASK (B, H, W) or (H, W) at the size of the result, whatever its own; None for none and for an empty one."""
-    if mask is None or not mask.numel():
+def masks_of(mask: Tensor | None) -> Tensor | None:
+    """A MASK as (B, 1, h, w), as it is; None for none and for an empty one.
+
+    Raises:
+        ValueError: for anything that is not masks, and for NaN and infinite values.
+    """
+    if mask is None:
         return None
-    masks = mask.reshape(-1, 1, *mask.shape[-2:])
-    result = torch.empty(masks.shape[0], *size, device=mask.device)
+    if not isinstance(mask, Tensor) or mask.ndim < 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be (batch, height, width), not {shape}; connect a MASK output.")
+    if not torch.isfinite(mask).all():
+        raise ValueError("mask holds NaN or infinite values; mend the node that made it.")
+    return mask.reshape(-1, 1, *mask.shape[-2:]) if mask.numel() else None
+
+
+def upscaled_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 1, h, w) from `masks_of` at the size of the result, (B, H, W) float32, 0..1."""
+    result = torch.empty(masks.shape[0], *size, device=masks.device)
     for index in range(masks.shape[0]):
         result[index] = resized(masks[index : index + 1].float().clamp(0, 1), size)[0, 0]
     return result

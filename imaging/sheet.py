@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from .picture import Picture
-from .writing import _quantize
+from .writing import quantized
 
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -70,7 +70,7 @@ def data_uri(rgb: np.ndarray) -> str:
     """A picture (H, W, 3), float, 0..1 as an address that holds its 8-bit pixels without loss: WebP, else PNG."""
     webp = features.check_module("webp") and max(rgb.shape) <= 16383
     stream = io.BytesIO()
-    image = Image.fromarray(_quantize(rgb, np.uint8))
+    image = Image.fromarray(quantized(rgb, 8))
     if webp:
         image.save(stream, "WEBP", lossless=True, quality=50)
     else:
@@ -137,7 +137,7 @@ def _enlarged(cell: np.ndarray) -> Image.Image:
 
 
 def _image(rgb: np.ndarray) -> Image.Image:
-    return Image.fromarray(_quantize(rgb, np.uint8))
+    return Image.fromarray(quantized(rgb, 8))
 
 
 def _badge(draw: ImageDraw.ImageDraw, corner: tuple[int, int], number: int, font: Font) -> None:

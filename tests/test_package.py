@@ -22,11 +22,15 @@ MAY_IMPORT = {
     "imaging": set(),
 }
 ONLY_IN = {
+    "OpenEXR": "imaging",
     "PIL": "imaging",
     "accelerate": "training",
+    "av": "imaging",
     "comfy": "comfy_nodes",
     "comfy_api": "comfy_nodes",
     "folder_paths": "comfy_nodes",
+    "pillow_heif": "imaging",
+    "tifffile": "imaging",
 }
 MODULES = sorted(path.relative_to(ROOT) for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 

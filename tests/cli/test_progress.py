@@ -59,3 +59,27 @@ def test_bars_on_a_terminal(streams):
     assert "[1/2] a.png -> b.png" in text and "[2/2] skipped c.png" in text
     assert "[bold]c.png" in text  # a file's name is not markup
     assert text.endswith("\x1b[2K") or "\x1b[?25h" in text  # the bars are gone and the cursor is back
+
+
+def test_frames_are_counted_and_their_tiles_begin_anew(streams):
+    _, err = streams(Terminal)
+    with Display(1) as display:
+        display.begin("a.gif")
+        display.tiles(8, 8)
+        for frames in (12, 0):
+            display.frame(3, frames)
+            display.tiles(1, 8)
+            display._progress.refresh()
+        display.frame(1, 1)  # no word of the only one
+    assert "a.gif, frame 3/12" in err.getvalue() and "a.gif, frame 3 " in err.getvalue()
+    assert "1/8" in err.getvalue() and "frame 1" not in err.getvalue()
+
+
+def test_lines_of_several_processes_are_told_apart_and_have_no_bars(streams):
+    out, err = streams(Terminal)
+    with Display(3, process=1) as display:
+        display.begin("a.png")
+        display._progress.refresh()
+        display.keep()
+        display.end("b.png -> c.png")
+    assert (out.getvalue(), err.getvalue()) == ("1: [2/3] b.png -> c.png\n", "")

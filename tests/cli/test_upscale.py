@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tsdsr.cli import upscale as command
 from tsdsr.cli.progress import Display
-from tsdsr.imaging import SUPPORTED_OUTPUT_SUFFIXES
+from tsdsr.imaging import SUPPORTED_OUTPUT_SUFFIXES, PictureWriter
 
 
 def size(path):
@@ -227,7 +227,9 @@ def test_colours_are_those_of_the_picture(gallery, name):
     """The wavelet correction gives the random network's result the colours of its input: red left, blue right."""
     pixels = np.asarray(Image.open(gallery / f"{name}.png").convert("RGB")).astype(int)
     left, right = pixels[:, :10].mean(axis=(0, 1)), pixels[:, -10:].mean(axis=(0, 1))
-    assert left[0] - left[2] > 30 and right[2] - right[0] > 30
+    assert right[2] - right[0] > 30
+    # Hidden colours are those of the visible neighbours.
+    assert (left[2] - left[0] > 30) if name in ("rgba", "palette") else (left[0] - left[2] > 30)
 
 
 def test_an_exif_turned_picture_is_upright_once(gallery):
@@ -353,13 +355,6 @@ def test_too_large_a_picture_names_the_option(upscale, photo, assert_refused, mo
     assert size(tmp_path / "a_x1.png") == (12, 10)
 
 
-def test_not_enough_memory_says_so(upscale, photo, assert_refused, files, tmp_path):
-    """Enlarged 200,000 times, the picture would take 46 TB a channel."""
-    path = photo(tmp_path / "a.png")
-    assert_refused(upscale(path, "--upscale", 200_000), "memory")
-    assert files(tmp_path) == ["a.png"]
-
-
 def test_missing_input(upscale, photo, assert_refused, files, tmp_path):
     photo(tmp_path / "a.png")
     assert_refused(upscale(tmp_path / "a.png", tmp_path / "none.png"), tmp_path / "none.png", "does not exist")
@@ -468,14 +463,16 @@ def test_interrupt_keeps_what_is_finished(upscale, photo, files, monkeypatch, tm
     assert result.stderr == "tsdsr: interrupted. 1 of 3 pictures are finished and kept.\n"
 
 
-def test_interrupt_while_a_result_is_written(upscale, photo, files, monkeypatch, tmp_path):
-    def interrupt(image, stream, **options):
-        stream.write(b"half a picture")
+@pytest.mark.parametrize("name", ["b.png", "b.jpg"])
+def test_interrupt_while_a_result_is_written(upscale, photo, files, monkeypatch, tmp_path, name):
+    def interrupt(writer, rows):
+        write(writer, rows[:3])
         raise KeyboardInterrupt
 
     path = photo(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "save", interrupt)
-    result = upscale(path, "--upscale", 1)
+    write = PictureWriter.write
+    monkeypatch.setattr(PictureWriter, "write", interrupt)
+    result = upscale(path, "--upscale", 1, "-o", tmp_path / name)
     assert result.exit_code == 130
     assert files(tmp_path) == ["a.png"]
     assert result.stderr == "tsdsr: interrupted.\n"
@@ -487,7 +484,7 @@ def test_interrupt_while_a_result_is_written(upscale, photo, files, monkeypatch,
 def test_options_left_out_have_the_defaults_of_the_pipeline(photo, monkeypatch, tmp_path):
     """The command hands over what was given and nothing else: no default is written down a second time."""
     seen = []
-    monkeypatch.setattr(command, "run", lambda jobs, settings, display: seen.append(settings))
+    monkeypatch.setattr(command, "run", lambda jobs, settings, display, manifest: seen.append(settings))
     from typer.testing import CliRunner
 
     from tsdsr.cli import app

@@ -68,3 +68,23 @@ def exif_block():
         return exif.tobytes()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def wide_profile(srgb_profile):
+    """sRGB's profile with the primaries of Adobe RGB (1998) in its place, and a gamma of 2.2 in its curves."""
+    profile = bytearray(srgb_profile)
+    primaries = {
+        b"rXYZ": (0.60974, 0.31111, 0.01947),
+        b"gXYZ": (0.20528, 0.62567, 0.06087),
+        b"bXYZ": (0.14919, 0.06322, 0.74457),
+    }
+    (count,) = struct.unpack_from(">I", profile, 128)
+    for place in range(132, 132 + 12 * count, 12):
+        name, offset, _ = struct.unpack_from(">4sII", profile, place)
+        if name in primaries:
+            struct.pack_into(">3i", profile, offset + 8, *(round(value * 65536) for value in primaries[name]))
+        elif name in (b"rTRC", b"gTRC", b"bTRC"):
+            profile[offset : offset + 12] = b"curv\0\0\0\0" + struct.pack(">I", 1)
+            struct.pack_into(">H", profile, offset + 12, round(2.2 * 256))
+    return bytes(profile)

@@ -97,3 +97,47 @@ def test_values_outside_are_clipped():
 def test_with_rgb_refuses_what_a_picture_refuses():
     with pytest.raises(ValueError, match="floating point"):
         Picture(pixels()).with_rgb(np.zeros((4, 6, 3), np.uint8))
+
+
+def test_pixels_stay_in_their_depth():
+    """A photograph of 8 bits takes three bytes a pixel, however it is looked at."""
+    pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    picture = Picture(pixels=pixels)
+    rows = picture.rows(1, 3)
+    assert picture.pixels is pixels and picture.bit_depth == 8 and (picture.height, picture.width) == (4, 5)
+    assert rows.dtype == np.float32 and rows.flags.c_contiguous
+    assert np.array_equal(rows, pixels[1:3] / np.float32(255))
+    assert np.array_equal(picture.rgb, pixels / np.float32(255)) and picture.alpha is None
+
+
+def test_grey_and_alpha_of_16_bits():
+    pixels = np.array([[[0, 65535], [65535, 0]]], dtype=np.uint16)
+    picture = Picture(pixels=pixels)
+    assert picture.grey and picture.has_alpha and picture.bit_depth == 16
+    assert picture.rgb.tolist() == [[[0, 0, 0], [1, 1, 1]]] and picture.alpha.tolist() == [[1, 0]]
+    assert picture.rows(0, 1).tolist() == [[[0, 0, 0], [0, 0, 0]]]  # what is hidden is as its neighbour
+
+
+def test_nothing_visible_is_grey():
+    picture = Picture(pixels=np.full((3, 4, 4), (255, 0, 0, 0), np.uint8))
+    assert np.array_equal(picture.rows(0, 3), np.full((3, 4, 3), 0.5, np.float32))
+
+
+@pytest.mark.parametrize("bounds", [(-1, 2), (0, 5), (3, 2)])
+def test_rows_that_are_not_there(bounds):
+    with pytest.raises(ValueError, match="rows"):
+        Picture(pixels=np.zeros((4, 4, 3), np.uint8)).rows(*bounds)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.zeros((4, 4), np.uint8), "shape"),
+        (np.zeros((4, 4, 5), np.uint8), "shape"),
+        (np.zeros((0, 4, 3), np.uint8), "shape"),
+        (np.zeros((4, 4, 3), np.int32), "int32"),
+    ],
+)
+def test_refuses_pixels(pixels, words):
+    with pytest.raises(ValueError, match=words):
+        Picture(pixels=pixels)

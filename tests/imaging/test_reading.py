@@ -1,13 +1,18 @@
 """Files to pictures: every mode, orientation, metadata, and what is said about files that are none."""
 
+import importlib.util
 import io
+import os
 import re
+import shutil
 import struct
+import subprocess
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms, features
 
 from tsdsr.imaging import Picture, UnreadableImageError, find_images, read
@@ -218,13 +223,51 @@ def test_16_bit_grey_where_white_is_zero():
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_16_bits_per_channel_come_as_8(raw_png, rng, colour_type, channels):
+def test_16_bits_per_channel_are_exact(raw_png, rng, colour_type, channels):
     values = rng.integers(0, 65536, (5, 6, channels)).astype(">u2")
     picture = read(io.BytesIO(raw_png(16, colour_type, 6, [row.tobytes() for row in values])))
-    assert picture.bit_depth == 8
+    assert picture.bit_depth == 16 and picture.pixels.dtype == np.uint16
     assert picture.grey == (channels == 2)
-    colour = values[..., :3] if channels > 2 else grey(values[..., 0])
-    assert_pixels(picture, colour / 65535, values[..., -1] / 65535 if channels != 3 else None, tolerance=1 / 255)
+    assert np.array_equal(picture.pixels, values)
+
+
+def test_16_bit_colour_with_a_transparent_colour(raw_png):
+    """Two colours that differ in their low bytes alone."""
+    values = np.array([[[1000, 2000, 3000], [1001, 2000, 3000]]], dtype=">u2")
+    key = (b"tRNS", struct.pack(">HHH", 1001, 2000, 3000))
+    picture = read(io.BytesIO(raw_png(16, 2, 2, [row.tobytes() for row in values], key)))
+    assert np.array_equal(picture.pixels[..., :3], values)
+    assert picture.pixels[..., 3].tolist() == [[65535, 0]]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "lzma"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("planar", [False, True])
+def test_16_bit_tiff_is_exact(rng, tmp_path, order, compression, channels, planar):
+    """Written by tifffile, or by ImageMagick where that has no encoder."""
+    values = rng.integers(0, 65536, (9, 11, channels)).astype(f"{order}u2")
+    path = tmp_path / "photo.tif"
+    if compression == "lzw" and (planar or channels == 2 or shutil.which("convert") is None):
+        pytest.skip("not read with LZW, or no ImageMagick to write it")
+    alpha = {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
+    data = np.moveaxis(values, 2, 0) if planar else values
+    tifffile.imwrite(
+        path,
+        data if channels > 1 else values[..., 0],
+        byteorder=order,
+        photometric="rgb" if channels > 2 else "minisblack",
+        planarconfig=None if channels == 1 else "separate" if planar else "contig",
+        compression=None if compression == "lzw" else compression,
+        predictor=compression in ("zlib", "lzma"),
+        metadata=None,
+        **alpha,
+    )
+    if compression == "lzw":
+        subprocess.run(["convert", path, "-compress", "LZW", path], check=True)
+    picture = read(path)
+    assert picture.bit_depth == 16
+    assert np.array_equal(picture.pixels, values)
 
 
 @pytest.mark.parametrize("largest", [60_000, 3_000_000])
@@ -239,7 +282,7 @@ def test_32_bit_integers(largest):
 def test_floating_point(largest, scale):
     values = np.array([[0, largest / 4, largest, -0.25, np.nan]], dtype=np.float32)
     picture = stored(Image.fromarray(values), "tif")
-    assert picture.grey and picture.bit_depth == 16
+    assert picture.grey and picture.bit_depth == 32
     assert_pixels(picture, grey(np.array([[0, largest / 4, largest, 0, 0]]) / scale))
 
 
@@ -496,3 +539,37 @@ def test_find_images_of_an_empty_folder_and_of_none(tmp_path):
     with pytest.raises(UnreadableImageError) as error:
         find_images(tmp_path / "none")
     assert_one_sentence(error, tmp_path / "none")
+
+
+def test_find_images_below_a_folder(tmp_path):
+    """In natural order folder by folder, hidden folders left out, links that lead in a circle entered once."""
+    for name in ("2/b.png", "2/a.png", "10/c.jpg", ".hidden/d.png", "2/.thumbs/e.png", "z.png", "2/deep/er/f.tif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    if hasattr(os, "symlink") and os.name != "nt":
+        (tmp_path / "2" / "circle").symlink_to(tmp_path)
+        (tmp_path / "10" / "again").symlink_to(tmp_path / "2")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path, recursive=True)]
+    below = {"a.png", "b.png", "deep/er/f.tif"}
+    assert len(found) == 5 and {name for name in found if name[0] == "z" or name.endswith("c.jpg")} == {
+        "z.png",
+        "10/c.jpg",
+    }
+    assert {re.sub(r"^(2|10/again)/", "", name) for name in found} >= below
+    assert [path.name for path in find_images(tmp_path)] == ["z.png"]
+
+
+def test_formats_of_other_packages_count_where_they_are_installed(tmp_path):
+    for name in ("a.heic", "b.HEIF", "c.exr", "d.apng", "e.eps"):
+        (tmp_path / name).write_bytes(b"")
+    expected = [
+        name
+        for name, package in (
+            ("a.heic", "pillow_heif"),
+            ("b.HEIF", "pillow_heif"),
+            ("c.exr", "OpenEXR"),
+            ("d.apng", None),
+        )
+        if package is None or importlib.util.find_spec(package)
+    ]
+    assert [path.name for path in find_images(tmp_path)] == expected
