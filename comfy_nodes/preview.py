@@ -60,6 +60,7 @@ class Progress:
                 rgb = event.outputs[index : index + 1].float().cpu() / 2 + 0.5
             else:
                 shown = self._input[None, :, rows, columns]
+                assert event.inputs is not None  # of tiles, which these are
                 rgb = latents_to_rgb(event.inputs[index : index + 1], event.outputs[index : index + 1], shown)
             self._canvas[:, rows, columns] = resized(rgb.nan_to_num().clamp(0, 1), tuple(size))[0]
 

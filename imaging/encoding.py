@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import struct
 import io
+import struct
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol

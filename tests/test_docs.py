@@ -123,7 +123,10 @@ def examples(page: str) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/memory.md", "docs/evaluation.md", "docs/large_pictures.md", "docs/folders.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ["diffusers", "memory", "evaluation", "large_pictures", "folders"])],
+)
 def test_examples_run(place, page):
     # In one process, because starting one takes as long as most examples.
     prelude = (
