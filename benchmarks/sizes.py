@@ -31,10 +31,10 @@ from tsdsr.pipelines.tiling import TilePlan
 SAMPLE = Path(__file__).parent.parent / "pipelines" / "sample.jpg"
 
 
-def mirrored(sample: np.ndarray, side: int) -> np.ndarray:
-    """A picture (h, w, 3) repeated in mirror images to (side, side, 3)."""
-    pads = [(0, max(0, side - length)) for length in sample.shape[:2]]
-    return np.pad(sample[:side, :side], [*pads, (0, 0)], mode="symmetric")
+def mirrored(sample: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture (h, w, 3) repeated in mirror images to (height, width, 3)."""
+    pads = [(0, max(0, side - length)) for side, length in zip((height, width), sample.shape[:2], strict=True)]
+    return np.pad(sample[:height, :width], [*pads, (0, 0)], mode="symmetric")
 
 
 def seams(result: Path, side: int) -> float | None:
@@ -49,11 +49,11 @@ def seams(result: Path, side: int) -> float | None:
     return round(seam_score(picture, rows=borders, columns=borders), 3)
 
 
-def measure(side: int, suffix: str, more: list[str]) -> dict[str, Any]:
-    """One run of the command for a result of `side` pixels squared."""
+def measure(side: int, height: int, suffix: str, more: list[str]) -> dict[str, Any]:
+    """One run of the command for a result of `side` times `height` pixels."""
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "in.png"), Path(folder, f"out.{suffix}")
-        write(Picture(mirrored(read(SAMPLE).rgb, max(4, side // 4))), source)
+        write(Picture(mirrored(read(SAMPLE).rgb, max(4, height // 4), max(4, side // 4))), source)
         command = [sys.executable, "-m", "tsdsr", "upscale", str(source), "-o", str(result), "-s", "4", *more]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -61,30 +61,36 @@ def measure(side: int, suffix: str, more: list[str]) -> dict[str, Any]:
             raise SystemExit(f"{' '.join(command)} failed")
         return {
             "side": side,
+            "height": height,
             "format": suffix,
             "options": more,
             "peak_mb": round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "file_mb": round(result.stat().st_size / 1e6, 1),
-            "seam_score": seams(result, side),
+            "seam_score": seams(result, side) if height == side else None,
         }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--height", type=int, help="of the result, where it is not square: strips are as wide")
     parser.add_argument("--format", default="png", help="of the result")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sizes.json")
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     args, more = parser.parse_known_args()
     rows = json.loads(args.results.read_text()) if args.results.exists() else []
     for side in args.sides:
-        known = [row for row in rows if (row["side"], row["format"], row["options"]) == (side, args.format, more)]
+        wanted = side, args.height or side, args.format, more
+        known = [row for row in rows if (row["side"], row["height"], row["format"], row["options"]) == wanted]
         if known and not args.again:
             continue
-        row = measure(side, args.format, more)
-        rows = sorted([*(row for row in rows if row not in known), row], key=lambda row: (row["options"], row["side"]))
+        row = measure(*wanted)
+        rows = sorted(
+            [*(row for row in rows if row not in known), row],
+            key=lambda row: (row["options"], row["side"], row["height"]),
+        )
         args.results.write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps(row), flush=True)
 
