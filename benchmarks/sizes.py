@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--height", type=int, help="of the result, where it is not square: strips are as wide")
     parser.add_argument("--format", default="png", help="of the result")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sizes.json")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     args, more = parser.parse_known_args()
     rows = json.loads(args.results.read_text()) if args.results.exists() else []
