@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -96,6 +97,11 @@ def place(tmp_path, save_single_file, clip_config, clip_tokenizer):
     (tmp_path / "holiday").mkdir()
     for name in ("photo.jpg", "photo.png", "holiday/beach.jpg"):
         photo.save(tmp_path / name)
+    with av.open(tmp_path / "film.mp4", "w") as film:
+        stream = film.add_stream("libx264", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
+        for frame in (av.VideoFrame.from_image(photo), None):
+            film.mux(stream.encode(frame))
     pairs = {"test_LR": (12, 10), "test_HR": (48, 40)}
     for folder, size in {**pairs, "../../osediff_published": (48, 40)}.items():
         path = tmp_path / "SETS" / "RealSR" / folder
@@ -125,7 +131,7 @@ def examples(page: str) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", *(f"docs/{name}.md" for name in ["diffusers", "memory", "evaluation", "large_pictures", "folders"])],
+    ["README.md", *(f"docs/{name}.md" for name in ["diffusers", "memory", "evaluation", "large_pictures"])],
 )
 def test_examples_run(place, page):
     # In one process, because starting one takes as long as most examples.

@@ -63,7 +63,7 @@ def test_random_weights_are_a_pipeline_that_makes_a_picture(model):
     [
         ("fp32", None),
         ("bf16", None),
-        ("vae_tiles", None),
+        ("vae_strips", None),
         ("fp8", None),
         ("fp8_modulation", None),
         ("int8", "torchao"),

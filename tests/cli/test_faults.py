@@ -38,6 +38,8 @@ def child(log, arguments, environment={}, limit=None, mount=None):
         resource.setrlimit(getattr(resource, limit[0]), (limit[1], limit[1]))
     os.environ.update(environment)
     sys.argv = ["tsdsr", *arguments]
+    # A job in the background of a shell is started with Ctrl-C switched off.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         tsdsr.cli.main()
     except SystemExit as left:
