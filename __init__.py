@@ -4,12 +4,16 @@ The names below are loaded when they are first used, so `import tsdsr` itself lo
 enters here too, where the repository is a folder in custom_nodes/: by `comfy_entrypoint`.
 """
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoints.convert import convert_tsdsr
     from .checkpoints.info import describe
+    from .checkpoints.tinysr import convert_tinysr
+    from .models.autoencoder_tiny_separable import AutoencoderTinySeparable
+    from .models.one_step_sd3 import OneStepSD3Transformer2DModel
     from .models.prompt_embeddings import PromptEmbeddings
     from .pipelines.loading import load_pipeline
     from .pipelines.lora import TSDSRLoraLoaderMixin
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoencoderTinySeparable",
+    "OneStepSD3Transformer2DModel",
     "PromptEmbeddings",
     "TSDSRBlocks",
     "TSDSRLoraLoaderMixin",
@@ -27,6 +33,7 @@ __all__ = [
     "TSDSRPipeline",
     "TSDSRPipelineOutput",
     "__version__",
+    "convert_tinysr",
     "convert_tsdsr",
     "describe",
     "embed_prompt",
@@ -34,12 +41,15 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "AutoencoderTinySeparable": ".models.autoencoder_tiny_separable",
+    "OneStepSD3Transformer2DModel": ".models.one_step_sd3",
     "PromptEmbeddings": ".models.prompt_embeddings",
     "TSDSRBlocks": ".pipelines.modular",
     "TSDSRLoraLoaderMixin": ".pipelines.lora",
     "TSDSRModularPipeline": ".pipelines.modular",
     "TSDSRPipeline": ".pipelines.pipeline_tsdsr",
     "TSDSRPipelineOutput": ".pipelines.pipeline_tsdsr",
+    "convert_tinysr": ".checkpoints.tinysr",
     "convert_tsdsr": ".checkpoints.convert",
     "describe": ".checkpoints.info",
     "embed_prompt": ".pipelines.text",
@@ -61,7 +71,14 @@ async def comfy_entrypoint() -> object:
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name], __name__), name)
+    # What is imported stays: the garbage collector would walk through all of it again and again, and find nothing.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        value = getattr(import_module(_MODULE_OF[name], __name__), name)
+    finally:
+        if collects:
+            gc.enable()
     globals()[name] = value
     return value
 

@@ -36,6 +36,7 @@ from diffusers import (
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.utils import logging as diffusers_logging
 
+from tsdsr.checkpoints.bake import bake_model
 from tsdsr.models.prompt_embeddings import PromptEmbeddings
 from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
@@ -178,6 +179,11 @@ def group_offload(kind: str, disk: bool = False) -> Mode:
     return offloaded(offload)
 
 
+def baked(load: Mode) -> Mode:
+    """The same of what `tsdsr bake` made of the model, in `files`."""
+    return lambda model, files, compute, device: load(files / "baked", files, compute, device)
+
+
 MODES: dict[str, Mode] = {
     "fp32": plain(torch.float32),
     "bf16": plain(torch.bfloat16),
@@ -191,6 +197,12 @@ MODES: dict[str, Mode] = {
     "gguf_q4_0": gguf_file("Q4_0"),
     "disk_blocks": group_offload("block_level", disk=True),
     "disk_leaves": group_offload("leaf_level", disk=True),
+    "baked": baked(plain()),
+    "baked_bf16": baked(plain(torch.bfloat16)),
+    "baked_fp8": baked(layerwise(modulation=False)),
+    "baked_int8": baked(torchao("Int8WeightOnlyConfig")),
+    "baked_int8_dynamic": baked(torchao("Int8DynamicActivationInt8WeightConfig")),
+    "baked_int4": baked(torchao("Int4WeightOnlyConfig", group_size=32)),
 }
 # What lies in memory beside a GPU is no smaller where there is none.
 GPU_MODES: dict[str, Mode] = {
@@ -247,12 +259,16 @@ def measure(mode: str, model: Path, files: Path, args: argparse.Namespace) -> di
 def table(rows: dict[str, dict[str, float]], reference: str, seconds: bool) -> str:
     """The results in Markdown; absolute seconds only where asked for."""
     heads = ["mode", "loading, peak GB", "call, peak GB", "held after, GB", f"time / {reference}"]
-    heads += ["seconds"] * seconds + ["largest difference", "mean difference"]
+    heads += ["seconds"] * seconds + ["largest difference", "mean difference", "PSNR, dB"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
     for mode, row in rows.items():
         cells = [f"`{mode}`", *(f"{row[name]:.2f}" for name in ("loading_gb", "run_gb", "held_gb"))]
         cells.append(f"{row['seconds'] / rows[reference]['seconds']:.2f}")
-        cells += [f"{row['seconds']:.2f}"] * seconds + [f"{row['largest']:.1e}", f"{row['mean']:.1e}"]
+        cells += [f"{row['seconds']:.2f}"] * seconds + [
+            f"{row['largest']:.1e}",
+            f"{row['mean']:.1e}",
+            f"{row['psnr']:.1f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -292,6 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
             transformer = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer", dtype=torch.bfloat16)
             write_gguf(transformer, files / f"{kind}.gguf", kind)
             del transformer
+    if any(mode.startswith("baked") for mode in modes) and not (files / "baked").exists():
+        bake_model(model, files / "baked")
 
     # What is freed goes back to the system at once, so that it is not counted as held.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -301,7 +319,12 @@ def main(arguments: list[str] | None = None) -> None:
         child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         difference = (torch.load(files / f"{mode}.pt") - torch.load(files / f"{args.reference}.pt")).abs()
         row = json.loads(child.stdout.splitlines()[-1])
-        rows[mode] = row | {"largest": difference.max().item(), "mean": difference.mean().item()}
+        square = difference.double().square().mean()
+        rows[mode] = row | {
+            "largest": difference.max().item(),
+            "mean": difference.mean().item(),
+            "psnr": round(-10 * square.log10().item(), 2) if square else float("inf"),
+        }
         if not args.json:
             print(f"{mode}: {rows[mode]}", file=sys.stderr, flush=True)
     print(json.dumps(rows) if args.json else table(rows, args.reference, seconds=on_gpu))

@@ -33,11 +33,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from tsdsr.models.autoencoder_tiny_separable import AutoencoderTinySeparable
+from tsdsr.models.one_step_sd3 import OneStepSD3Transformer2DModel
 from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
 
@@ -161,9 +163,15 @@ def channels_last(pipeline: TSDSRPipeline) -> None:
     pipeline.vae.to(memory_format=torch.channels_last)
 
 
-def compiled(setting: Setting, whole: bool = False, **options: Any) -> Run:
+def compiled(
+    setting: Setting,
+    whole: bool = False,
+    change: Callable[[TSDSRPipeline], Any] = lambda pipeline: None,
+    load: Loader | None = None,
+    **options: Any,
+) -> Run:
     """Both halves of the VAE, and of the transformer one block for all of them, or the whole."""
-    run = ours(setting)
+    run = ours(setting, load, change)
 
     def compile_all() -> None:
         for stage, network in run.networks.items():
@@ -174,14 +182,42 @@ def compiled(setting: Setting, whole: bool = False, **options: Any) -> Run:
     return run
 
 
-def in_dtype(dtype: torch.dtype, setting: Setting) -> Run:
-    run = ours(setting, plain(dtype))
+def tinysr(model: Path, files: Path, compute: torch.dtype, device: torch.device) -> TSDSRPipeline:
+    """TinySR's networks (arXiv 2508.17434) with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        transformer = OneStepSD3Transformer2DModel(num_layers=12, text_stream="none", prompt_tokens=0)
+        vae = AutoencoderTinySeparable(latent_channels=16, separable_encoder=True, separable_decoder=False)
+    networks = {"transformer": transformer, "vae": vae}
+    return TSDSRPipeline(
+        **{name: network.to(compute).eval() for name, network in networks.items()},
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def is_other_size(setting: Setting) -> str | None:
+    file = setting.model / "transformer" / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if (config.get("num_layers"), config.get("num_attention_heads")) == (24, 24):
+        return None
+    return "its networks have one size, that of SD3-medium's halved"
+
+
+def in_dtype(dtype: torch.dtype, setting: Setting, **how: Any) -> Run:
+    run = ours(setting, plain(dtype), **how)
     run.dtype = dtype
     return run
 
 
 def no_gpu(setting: Setting) -> str | None:
     return None if setting.device.type == "cuda" else "needs a GPU"
+
+
+def slow_bfloat16(setting: Setting) -> str | None:
+    """Only some CPUs compute in it; others would take minutes for a picture."""
+    if setting.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return None
+    return "this CPU does not compute in bfloat16"
 
 
 def no_published(setting: Setting) -> str | None:
@@ -223,6 +259,19 @@ MODES: dict[str, Mode] = {
     "autotuned": Mode(
         "whole networks compiled, mode `max-autotune`", partial(compiled, whole=True, mode="max-autotune"), no_gpu
     ),
+    "baked": Mode("`merged`, `bake()`", partial(ours, change=TSDSRPipeline.bake)),
+    "baked_compiled": Mode("`baked`, compiled as `compiled`", partial(compiled, change=TSDSRPipeline.bake)),
+    "baked_autotuned": Mode(
+        "`baked`, whole networks compiled, mode `max-autotune`",
+        partial(compiled, whole=True, change=TSDSRPipeline.bake, mode="max-autotune"),
+        no_gpu,
+    ),
+    "tinysr": Mode("TinySR's networks, half of the blocks and a tiny VAE", partial(ours, load=tinysr), is_other_size),
+    "tinysr_compiled": Mode(
+        "`tinysr`, whole networks compiled, mode `max-autotune`",
+        partial(compiled, whole=True, load=tinysr, mode="max-autotune"),
+        lambda setting: no_gpu(setting) or is_other_size(setting),
+    ),
     "int8": Mode("transformer's weights in int8 (torchao)", partial(ours, load=MEMORY_MODES["int8"]), no_torchao),
     "int8_dynamic": Mode(
         "transformer's weights and activations in int8 (torchao)",
@@ -234,7 +283,10 @@ MODES: dict[str, Mode] = {
         partial(ours, load=torchao("Float8DynamicActivationFloat8WeightConfig")),
         no_fp8,
     ),
-    "bf16": Mode("`merged` in bfloat16", partial(in_dtype, torch.bfloat16), no_gpu),
+    "bf16": Mode("`merged` in bfloat16", partial(in_dtype, torch.bfloat16), slow_bfloat16),
+    "baked_bf16": Mode(
+        "`baked` in bfloat16", partial(in_dtype, torch.bfloat16, change=TSDSRPipeline.bake), slow_bfloat16
+    ),
     "fp16": Mode("`merged` in float16", partial(in_dtype, torch.float16), no_gpu),
 }
 

@@ -1,4 +1,5 @@
-"""Foreign weights to ours: the published TSD-SR layout into a folder or a pipeline, and a look at what a file is.
+"""Weights from one layout to another: the published TSD-SR and TinySR into a folder or a pipeline, a pipeline baked,
+and a look at what a file is.
 
 Names are resolved on first use, so that importing this package loads neither torch nor diffusers.
 """
@@ -11,14 +12,27 @@ if TYPE_CHECKING:
     from ..models.headers import read_header
     from ..models.single_file import holds
     from .assemble import assemble_tsdsr
+    from .bake import bake_model
     from .convert import convert_tsdsr
     from .info import describe
+    from .tinysr import convert_tinysr
 
-__all__ = ["CheckpointError", "assemble_tsdsr", "convert_tsdsr", "describe", "holds", "read_header"]
+__all__ = [
+    "CheckpointError",
+    "assemble_tsdsr",
+    "bake_model",
+    "convert_tinysr",
+    "convert_tsdsr",
+    "describe",
+    "holds",
+    "read_header",
+]
 
 _HOMES = {
     "CheckpointError": "..models.errors",
     "assemble_tsdsr": ".assemble",
+    "bake_model": ".bake",
+    "convert_tinysr": ".tinysr",
     "convert_tsdsr": ".convert",
     "describe": ".info",
     "holds": "..models.single_file",

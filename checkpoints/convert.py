@@ -37,6 +37,7 @@ from .layout import (
     find_embedding,
     parse_lora,
 )
+from .output import check_output
 
 _DTYPES = {
     "float32": torch.float32,
@@ -106,7 +107,7 @@ def convert_tsdsr(
     if dtype is not None and dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype} is not known; use float32, float16 or bfloat16.")
     target = _DTYPES[dtype] if dtype else None
-    _check_output(output, overwrite, (base, lora, embeddings))
+    check_output(output, overwrite, (base, lora, embeddings))
     for folder, role in ((base, "base model"), (lora, "LoRA"), (embeddings, "embeddings")):
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder, but the {role} must be a local one; correct the path.")
@@ -153,25 +154,6 @@ def convert_tsdsr(
 
 
 # --- checks, before any weight of the base is read ------------------------------------------------------------------
-
-
-def _check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    for path in inputs:
-        # Replacing the output must not take an input with it.
-        if path.exists() and path.resolve().is_relative_to(output):
-            raise CheckpointError(f"{output} is or contains the input {path}; choose another output folder.")
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} exists and is not a folder; choose another output folder.")
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise CheckpointError(
-                f"{output} exists and is not empty; choose another output folder or allow overwriting."
-            )
-        if not (output / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{output} holds something other than a pipeline (no model_index.json) and is not overwritten; choose"
-                " another output folder."
-            )
 
 
 def _check_base(base: Path) -> dict[str, _Component]:
@@ -295,7 +277,7 @@ def check_embeddings(folder: Path, config: Any) -> tuple[torch.Tensor, torch.Ten
         CheckpointError: one sentence on the first flaw found.
     """
     paths = {name: find_embedding(folder, stem) for name, stem in EMBEDDING_FILES.items()}
-    tensors = {name: _load_embedding(path) for name, path in paths.items()}
+    tensors = {name: load_embedding(path) for name, path in paths.items()}
     prompt_path, pooled_path = paths["prompt_embeds"], paths["pooled_prompt_embeds"]
     prompt, pooled = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
     if prompt.ndim == 2 and pooled.ndim == 3:
@@ -318,7 +300,7 @@ def check_embeddings(folder: Path, config: Any) -> tuple[torch.Tensor, torch.Ten
     return prompt, pooled
 
 
-def _load_embedding(path: Path) -> torch.Tensor:
+def load_embedding(path: Path) -> torch.Tensor:
     if path.suffix == ".safetensors":
         header = read_header(path)
         if len(header.tensors) != 1:

@@ -24,11 +24,13 @@ _EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded"
 # Written beside an unmerged pipeline by `convert_tsdsr(keep_lora=True)` and by diffusers' save_lora_weights.
 _PIPELINE_LORA = "pytorch_lora_weights.safetensors"
 
-_DENOISERS = {"transformer": ("SD3Transformer2DModel",), "unet": ("UNet2DConditionModel",)}
+_BAKED = "OneStepSD3Transformer2DModel"
+_DENOISERS = {"transformer": ("SD3Transformer2DModel", _BAKED), "unet": ("UNet2DConditionModel",)}
+_TINY_VAES = ("AutoencoderTiny", "AutoencoderTinySeparable")
 _UNET_FAMILY = "TSD-SR on a UNet"
 
 # The sine table of the transformer is stored but is not a parameter.
-_CONSTANTS = ("pos_embed.pos_embed", "pos_embed")
+_CONSTANTS = ("pos_embed.pos_embed", "pos_embed", "column_positions", "row_positions", "positions")
 
 _JOINT_BLOCK = re.compile(r"(?P<prefix>(?:model\.diffusion_model\.)?)joint_blocks\.(?P<index>\d+)\.")
 
@@ -163,16 +165,16 @@ def _describe_pipeline(folder: Path) -> dict[str, object]:
     }
     network = "unet" if ours and "unet" in classes else "transformer"
     denoiser = _read_config(folder, network, _DENOISERS[network])
-    vae = _read_config(folder, "vae", ("AutoencoderKL", "AutoencoderTiny"))
+    vae = _read_config(folder, "vae", ("AutoencoderKL", *_TINY_VAES))
     # For figures that only transformers have.
     transformer = denoiser if network == "transformer" else {}
     headers = {name: read_component_header(folder / name) for name in (network, "vae")}
-    if ours:
+    if ours and "prompt_embeddings" in classes:
         headers["prompt_embeddings"] = read_component_header(folder / "prompt_embeddings")
 
     fields: dict[str, object] = {
         "kind": "TSD-SR pipeline folder" if ours else "diffusers SD3 folder",
-        "family": _family(folder, ours, network, vae),
+        "family": _family(folder, ours, network, denoiser, vae),
         "components": classes or {network: denoiser["_class_name"], "vae": vae["_class_name"]},
         "parameters": {name: _parameters(header) for name, header in headers.items()},
         "dtype": _dtypes(headers.values()),
@@ -191,14 +193,18 @@ def _describe_pipeline(folder: Path) -> dict[str, object]:
     return fields
 
 
-def _family(folder: Path, ours: bool, network: str, vae: dict) -> str:
+def _family(folder: Path, ours: bool, network: str, denoiser: dict, vae: dict) -> str:
     if not ours:
         return "SD3"
     if network == "unet":
         return _UNET_FAMILY
+    if denoiser.get("text_stream") == "none":
+        return "TinySR"
     if folder.resolve() == _EMBEDDED_FOLDER:
-        return "embedded small model"
-    return "small TSD-SR model" if vae["_class_name"] == "AutoencoderTiny" else "TSD-SR on SD3"
+        family = "embedded small model"
+    else:
+        family = "small TSD-SR model" if vae["_class_name"] in _TINY_VAES else "TSD-SR on SD3"
+    return family + (", baked" if denoiser["_class_name"] == _BAKED else "")
 
 
 def _read_config(folder: Path, name: str, expected: tuple[str, ...]) -> dict:

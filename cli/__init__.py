@@ -1,5 +1,6 @@
 """The `tsdsr` command. Each module holds one command: it parses, calls one function and prints."""
 
+import gc
 import logging
 import os
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import compare, convert, embed, evaluate, info, prepare, push, upscale
+from . import bake, compare, convert, embed, evaluate, info, prepare, push, upscale
 from .several import SeveralValues
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command("upscale")(upscale.upscale)
 app.command("convert")(convert.convert)
+app.command("bake")(bake.bake)
 app.command("info")(info.info)
 app.command("prepare")(prepare.prepare)
 app.command("embed")(embed.embed)
@@ -52,4 +54,10 @@ def main() -> None:
     # torchao, where it is installed, speaks on import of what it lacks and of what torch has since deprecated.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    app()
+    # Read by torch when it first takes memory: large pages (Linux), because most of a convolution's output is new to
+    # the process, and to clear that page by page takes a tenth of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        app()
+    finally:
+        gc.freeze()  # the process ends: what is left is not worth a search for garbage, which takes a second and more

@@ -1,6 +1,7 @@
 """The loop over pictures: which of them this process does, what it finds done, and what becomes of the rest."""
 
 import errno
+import gc
 import inspect
 import io
 import os
@@ -11,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -283,9 +284,7 @@ class _Work:
     def _arguments(self) -> dict[str, Any]:
         """All that decides what a result looks like, as JSON."""
         self.display.begin("starting")
-        from ..pipelines.pipeline_tsdsr import TSDSRPipeline
-
-        defaults = inspect.signature(TSDSRPipeline.__call__).parameters
+        defaults = pipeline_defaults()
         names = (
             *("upscale", "fidelity", "process_size", "color_fix", "tile_size", "tile_overlap", "tile_batch_size"),
             *("vae_tile_size", "sample_posterior"),
@@ -388,14 +387,23 @@ class _Work:
         return {"input_stamp": stamp, **made, "seconds": round(time.perf_counter() - start, 3)}
 
 
+def pipeline_defaults() -> Mapping[str, inspect.Parameter]:
+    """The parameters of a call of the pipeline, by name, with what they are where nothing is given."""
+    from .. import TSDSRPipeline
+
+    gc.freeze()  # the modules stay: no round of the garbage collector need look at them
+    return inspect.signature(TSDSRPipeline.__call__).parameters
+
+
 def _load(settings: Settings) -> "TSDSRPipeline":
     if settings.model == "embedded" or Path(settings.model).exists():
         # Read by huggingface_hub when it is first imported: a model that is here needs no network.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    from .. import load_pipeline  # before torch: by the package's own names all comes in the quickest way
+
+    gc.freeze()
     import torch
     from diffusers.utils.logging import disable_progress_bar
-
-    from ..pipelines.loading import load_pipeline
 
     disable_progress_bar()  # of loading, which is written to log files too
     loading, launched = dict(settings.loading), launch()

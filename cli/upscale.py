@@ -1,6 +1,5 @@
 """`tsdsr upscale`: pictures, folders and films in, upscaled ones out."""
 
-import inspect
 import io
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .errors import fail, one_sentence
-from .jobs import TERMINATED, Settings, Terminated, check_writable, launch, run, share
+from .jobs import TERMINATED, Settings, Terminated, check_writable, launch, pipeline_defaults, run, share
 from .manifest import Manifest
 from .options import (
     ColorFixOption,
@@ -223,6 +222,4 @@ def _signals_as_interrupts() -> Iterator[None]:
 
 def _pipeline_default() -> float:
     """The factor that the pipeline has where none is given, for the names of results."""
-    from ..pipelines.pipeline_tsdsr import TSDSRPipeline
-
-    return inspect.signature(TSDSRPipeline.__call__).parameters["upscale"].default
+    return pipeline_defaults()["upscale"].default

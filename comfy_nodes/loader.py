@@ -152,10 +152,8 @@ class TSDSRLoader(io.ComfyNode):
         download=False,
     ) -> io.NodeOutput:
         import torch
-        from comfy import model_management
 
         _drop_empty_torchvision()
-        from ..pipelines.loading import prefer_channels_last
         from .hosting import HostedModel, compiled_parts
 
         # The host runs nodes in inference mode; weights made in it could not be compiled or given adapters.
@@ -173,8 +171,8 @@ class TSDSRLoader(io.ComfyNode):
                 pipeline, source = _load_folder(found.path if found else None, compute)
             else:
                 pipeline, source = _load_lora(found.path, base_model, vae, compute, merge_lora)
-            # For where the host will run it, not for where it was loaded.
-            prefer_channels_last(pipeline.vae, model_management.get_torch_device())
+            # What convolutions are fastest with.
+            pipeline.vae.to(memory_format=torch.channels_last)
             if dtype == "fp8":
                 _store_in_8_bits(pipeline, compute)
             if compile:
@@ -242,6 +240,8 @@ def _store_in_8_bits(pipeline: "TSDSRPipeline", compute: Any) -> None:
     # What is small and sensitive keeps its format: positions, embeddings of time and prompt, the last layers, LoRAs.
     # The modulation layers, which the model's own defaults leave out with all norms, are a third of SD3.
     kept: tuple[str, ...] = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "^proj_out$", "lora_")
+    if pipeline.is_baked:
+        kept = ("^proj_in$", "^proj_out$", "lora_")
     if pipeline.unet is not None:
         kept = ("time_embedding", "^conv_in$", "^conv_out$", "lora_")
     apply_layerwise_casting(pipeline.denoiser, torch.float8_e4m3fn, compute, skip_modules_pattern=kept)

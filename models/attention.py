@@ -19,7 +19,7 @@ from torch import Tensor, nn
 WIDEST_HEAD = 256
 
 
-class _Dispatched:
+class Dispatched:
     """What `ModelMixin.set_attention_backend` and `enable_parallelism` set, and the attention that heeds it."""
 
     _attention_backend = None
@@ -43,7 +43,7 @@ def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
     return heads if norm is None else norm(heads)
 
 
-class JointAttention(_Dispatched):
+class JointAttention(Dispatched):
     """Attention over the tokens of picture and prompt together (SD3, arXiv 2403.03206, figure 2).
 
     The second attention of SD3.5's blocks, over the picture alone, is the case without `encoder_hidden_states`.
@@ -84,7 +84,7 @@ class JointAttention(_Dispatched):
         return _output(attn, picture), prompt if attn.context_pre_only else attn.to_add_out(prompt)
 
 
-class SelfOrCrossAttention(_Dispatched):
+class SelfOrCrossAttention(Dispatched):
     """Attention of the UNet and the VAE: over a picture's own tokens, or of them over the prompt's.
 
     Args:
@@ -182,7 +182,7 @@ def set_attention_backend(model: nn.Module, backend: str) -> None:
 
 def _is_fused(attn: Attention) -> bool:
     return isinstance(attn.processor, FusedJointAttnProcessor2_0 | FusedAttnProcessor2_0) or (
-        isinstance(attn.processor, _Dispatched) and attn.processor.fused
+        isinstance(attn.processor, Dispatched) and attn.processor.fused
     )
 
 

@@ -130,13 +130,18 @@ def run_in_strips(
         with mode.paused() if mode else nullcontext():
             return x.read(top, bottom)
 
-    # Compiled networks are made for tensors.
-    with torch.compiler.set_stance("force_eager"):
-        result = network(Rows(x.shape, x.dtype, x.device, read, [x], work=work))
-        if plan.sampled and work.sees_whole_map:
-            measured = Work(plan.strips, margin=MARGIN, most_keys=most_keys)
-            sample = network(Rows.of(windows(), measured))
-            _measure(work, measured, sample, mode)
+    measured = Work(plan.strips, margin=MARGIN, most_keys=most_keys)
+    try:
+        # Compiled networks are made for tensors.
+        with torch.compiler.set_stance("force_eager"):
+            result = network(Rows(x.shape, x.dtype, x.device, read, [x], work=work))
+            if plan.sampled and work.sees_whole_map:
+                sample = network(Rows.of(windows(), measured))
+                _measure(work, measured, sample, mode)
+    finally:
+        # They hold on to the maps, which hold on to them: memory must be free at once where there was too little.
+        work.measures.clear()
+        measured.measures.clear()
     step = work.step(result.shape[-2])
 
     def compute(top: int, bottom: int) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from ..models.headers import read_header, read_json
 from ..models.licences import known_base, licence_of, read_front_matter
+from ..models.one_step_sd3 import OneStepSD3Transformer2DModel
 from ..models.prompt_embeddings import PromptEmbeddings
 from . import model_card
 from .folders import whole_folder
@@ -245,10 +246,11 @@ def _write_pipeline(
         _copy(source / name, folder / name, _FILES)
         if not _WEIGHTLESS.search(of_class):
             _require_weights(source / name, folder / name)
-    prompted = "prompt_embeddings" in parts
+    baked = parts.get("transformer") == OneStepSD3Transformer2DModel.__name__
+    prompted = baked or "prompt_embeddings" in parts
     plain = {name: value for name, value in index.items() if name != "_name_or_path"}
     plain["_class_name"] = "TSDSRPipeline"
-    if prompted:
+    if "prompt_embeddings" in parts:
         # The library under which diffusers finds the class on the Hub; earlier versions saved another.
         plain["prompt_embeddings"] = [PromptEmbeddings.__module__, PromptEmbeddings.__name__]
     if plain != index:
@@ -275,7 +277,7 @@ def _write_pipeline(
         facts = [model_card.base_fact(base_model, "")] if base_model else []
         facts += [_network_fact(folder, name, parts[name]) for name in (denoiser, "vae")]
         facts += [model_card.lora_fact(_ranks(folder), model_card.LORA_BESIDE)] if has_lora else []
-        facts += [model_card.PROMPT_FACT] if prompted else []
+        facts += [model_card.BAKED_FACT if baked else model_card.PROMPT_FACT] if prompted else []
         about = f"One-step diffusion upscaler for photographs, of TSD-SR's family ({model_card.PAPER}), for diffusers."
         _write_card(folder, repo_id, about, facts, use, data, record, pictures)
     if include_code:

@@ -132,6 +132,13 @@ class TSDSRLoraLoaderMixin(SD3LoraLoaderMixin):
             if layers:
                 network = getattr(self, name)
                 check_not_fused(network)
+                modules = {key.removeprefix(f"{name}.").split(".lora")[0] for key in layers}
+                baked = name == ours and "timestep" in network.config
+                if baked and modules - {module for module, _ in network.named_modules()}:
+                    raise ValueError(
+                        "This LoRA is for the original transformer, not for one that is baked: load it into the"
+                        " original and bake that."
+                    )
                 if any(weight.dtype.is_floating_point and weight.itemsize == 1 for weight in network.parameters()):
                     raise ValueError(
                         "Load LoRAs before `enable_layerwise_casting`; afterwards they too would be rounded to 8 bits."

@@ -15,6 +15,7 @@ from ..models.licences import licence_name
 
 PAPER = "[arXiv 2411.18263](https://arxiv.org/abs/2411.18263)"
 PROMPT_FACT = "Prompt: fixed, stored as embeddings in `prompt_embeddings/`; no text encoder is needed"
+BAKED_FACT = "Prompt and timestep: baked into the transformer, which takes no others; LoRAs go into the original"
 # For models that come without a fixed prompt.
 PROMPT = "a sharp, detailed photograph"
 

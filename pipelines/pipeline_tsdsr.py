@@ -27,6 +27,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..models.attention import check_fused_projections, use_dispatcher
+from ..models.autoencoder_tiny_separable import AutoencoderTinySeparable
+from ..models.fast_layers import use_fast_layers
+from ..models.one_step_sd3 import OneStepSD3Transformer2DModel
 from ..models.prompt_embeddings import PromptEmbeddings
 from .codec import WINDOW, plan_codec, run_in_strips, sample_windows
 from .color import COLOR_FIXES
@@ -73,7 +76,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
 
     Args:
         vae: encodes the enlarged picture and decodes the result.
-        transformer: predicts the velocity v; the result is z - v at t = 1000.
+        transformer: predicts the velocity v; the result is z - v at t = 1000. One that is baked (`bake`) holds its
+            prompt and timestep.
         scheduler: takes the one step: a flow-matching scheduler for a transformer; for a UNet a DDPM's, or any other
             whose config has a DDPM's betas and prediction type (DDIM, PNDM, ...).
         prompt_embeddings: the fixed prompt, so that no text encoder is needed. Without it, calls need `prompt` or
@@ -82,13 +86,14 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             prompts: SD3's for a transformer, SD2's `text_encoder` and `tokenizer` for a UNet.
         use_shift_factor: whether latents are (z - shift_factor) * scaling_factor as in SD3, or z * scaling_factor as
             the published TSD-SR weights want them. Saved in the pipeline's config.
-        timestep: the one timestep, 0..1000, by default 1000; for a UNet a whole number below the length of its
-            schedule, by default 999. Saved in the pipeline's config.
+        timestep: the one timestep, 0..1000, by default 1000, or what the transformer is baked for; for a UNet a whole
+            number below the length of its schedule, by default 999. Saved in the pipeline's config.
         unet: predicts the noise eps; the result is (z - sqrt(1 - abar) eps) / sqrt(abar) at t = 999, with z the
             picture's latents as they are. One that predicts v gives sqrt(abar) z - sqrt(1 - abar) v.
 
     Raises:
-        ValueError: if both networks are given, and for a VAE, or a UNet's scheduler or timestep, that does not fit.
+        ValueError: if both networks are given; for a VAE, or a UNet's scheduler or timestep, that does not fit; and for
+            a prompt or a timestep beside a transformer that is baked for others.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->prompt_embeddings->transformer->unet->vae"
@@ -116,8 +121,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | None,
-        transformer: SD3Transformer2DModel | None = None,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderTinySeparable | None,
+        transformer: SD3Transformer2DModel | OneStepSD3Transformer2DModel | None = None,
         scheduler: FlowMatchEulerDiscreteScheduler | DDPMScheduler | None = None,
         prompt_embeddings: PromptEmbeddings | None = None,
         text_encoder: CLIPTextModelWithProjection | CLIPTextModel | None = None,
@@ -133,8 +138,20 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         super().__init__()
         if transformer is not None and unet is not None:
             raise ValueError("TSDSRPipeline takes one network, `transformer` or `unet`, not both.")
+        # SD3's own config has none.
+        baked_for = None if transformer is None else transformer.config.get("timestep")
         if timestep is None:
-            timestep = 1000.0 if unet is None else 999.0
+            timestep = baked_for if baked_for is not None else 1000.0 if unet is None else 999.0
+        if baked_for is not None and prompt_embeddings is not None:
+            raise ValueError(
+                "This transformer is baked for one prompt, so that `prompt_embeddings` would be without effect: leave"
+                " them out, or bake the original transformer with them."
+            )
+        if baked_for not in (None, timestep):
+            raise ValueError(
+                f"This transformer is baked for `timestep` {baked_for:g}, not {timestep!r}: bake the"
+                " original transformer with that."
+            )
         if unet is not None and scheduler is not None:
             if "beta_schedule" not in scheduler.config:
                 raise ValueError(
@@ -167,6 +184,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 )
         for network in filter(None, (vae, transformer, unet)):
             use_dispatcher(network)
+        if vae is not None:
+            use_fast_layers(vae)
         if transformer is not None and not transformer._repeated_blocks:
             # diffusers names none for this class; `compile_repeated_blocks` needs them.
             transformer._repeated_blocks = ["JointTransformerBlock"]
@@ -197,6 +216,11 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
     def denoiser(self) -> Any:
         """The network of the one step: the transformer, the UNet, or None."""
         return self.transformer if self.unet is None else self.unet
+
+    @property
+    def is_baked(self) -> bool:
+        """Whether the transformer holds its prompt and timestep, so that calls take no other."""
+        return self.transformer is not None and "timestep" in self.transformer.config
 
     @property
     def num_timesteps(self) -> int:
@@ -290,7 +314,11 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 raise ValueError(f"`{name}` must be a whole number of pixels of at least 1, not {value!r}.")
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("Pass either `prompt` or `prompt_embeds`, not both.")
-        if prompt is None and prompt_embeds is None and self.prompt_embeddings is None:
+        if self.is_baked and not (prompt is None and prompt_embeds is None and pooled_prompt_embeds is None):
+            raise ValueError(
+                "This pipeline is baked for one prompt: leave `prompt` and `prompt_embeds` out, or call the original."
+            )
+        if not self.is_baked and prompt is None and prompt_embeds is None and self.prompt_embeddings is None:
             raise ValueError(
                 "This pipeline holds no `prompt_embeddings`: pass `prompt_embeds`, or `prompt` if it has text encoders."
             )
@@ -535,12 +563,12 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt, device=device, do_classifier_free_guidance=False
             )
-        elif prompt_embeds is None:
+        elif prompt_embeds is None and not self.is_baked:
             prompt_embeds, pooled_prompt_embeds = self.prompt_embeddings()
-        embeds = {"encoder_hidden_states": prompt_embeds}
-        if self.unet is None and pooled_prompt_embeds is not None:
-            embeds["pooled_projections"] = pooled_prompt_embeds
-        embeds = {name: tensor.to(device, denoiser.dtype) for name, tensor in embeds.items()}
+        given = {"encoder_hidden_states": prompt_embeds}
+        if self.unet is None:
+            given["pooled_projections"] = pooled_prompt_embeds
+        embeds = {name: each.to(device, denoiser.dtype) for name, each in given.items() if each is not None}
         attention_name = "joint_attention_kwargs" if self.unet is None else "cross_attention_kwargs"
 
         # 3. The step
@@ -582,7 +610,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
                 **{"hidden_states" if self.unet is None else "sample": latent_tiles},
                 # The picture's own embeddings, or the one for all.
                 **{name: own[index % len(own)].expand(count, *own.shape[1:]) for name, own in embeds.items()},
-                timestep=timestep.expand(count),
+                **({} if self.is_baked else {"timestep": timestep.expand(count)}),
                 **{attention_name: joint_attention_kwargs},
                 return_dict=False,
             )[0]
@@ -655,6 +683,9 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
 
                 if by_rows:
                     return run_in_strips(stage, network, x, codec, windows, precision, strip_done)
+                if x.device.type == "cpu":
+                    # What torch's convolutions are fastest with there.
+                    x = x.contiguous(memory_format=torch.channels_last)
                 result = precision.run(stage, network, x)
                 strip_done(0, result.shape[-2], result, x)
                 return result

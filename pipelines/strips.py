@@ -25,44 +25,13 @@ from torch import Tensor
 # Products of a query and a key, in numbers, that one call of attention may hold.
 LARGEST_SCORES = 2**26
 # Functions of single pixels, by the names that torch has for them.
-_POINTWISE = frozenset(
-    [
-        "abs",
-        "add",
-        "bfloat16",
-        "clamp",
-        "clip",
-        "div",
-        "double",
-        "exp",
-        "float",
-        "gelu",
-        "half",
-        "leaky_relu",
-        "log",
-        "maximum",
-        "minimum",
-        "mul",
-        "nan_to_num",
-        "neg",
-        "pow",
-        "relu",
-        "rsub",
-        "sigmoid",
-        "silu",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-        "true_divide",
-        "where",
-        "__rsub__",
-        "__rpow__",
-        "__rdiv__",
-        "to",
-        "type",
-    ]
-)
+# fmt: off
+_POINTWISE = frozenset([
+    "abs", "add", "bfloat16", "clamp", "clip", "div", "double", "exp", "float", "gelu", "half", "leaky_relu", "log",
+    "maximum", "minimum", "mul", "nan_to_num", "neg", "pow", "relu", "rsub", "sigmoid", "silu", "sqrt", "square", "sub",
+    "tanh", "to", "true_divide", "type", "where", "__rdiv__", "__rpow__", "__rsub__",
+])
+# fmt: on
 # Those that change nothing here.
 _IDENTITY = frozenset(["contiguous", "detach", "dropout", "clone"])
 
@@ -266,12 +235,11 @@ class Rows:
         channels: int | None = None,
         size: tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
-        more: Sequence["Rows"] = (),
         **how: Any,
     ) -> "Rows":
-        """A map made of this one (and `more`), of the same shape and dtype but for what is said."""
+        """A map made of this one, of the same shape and dtype but for what is said."""
         shape = (self.shape[0], channels or self.shape[1], *(size or self.shape[-2:]))
-        return Rows(shape, dtype or self.dtype, self.device, compute, (self, *more), **how)
+        return Rows(shape, dtype or self.dtype, self.device, compute, (self,), **how)
 
     # Tensors' ways
 
@@ -492,6 +460,35 @@ def _conv2d(
     )
 
 
+def _conv_transpose2d(
+    input: Rows, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *others: Any
+) -> Any:
+    (step, step_across), (pad, pad_across) = _pair(stride), _pair(padding)
+    if others:
+        return F.conv_transpose2d(input.settled(), weight, bias, stride, padding, *others)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    height, width = input.shape[-2:]
+    tall, wide = weight.shape[-2:]
+
+    def first_of(top: int) -> int:
+        """The first row of the input that row `top` is made of."""
+        return max(0, -(-(top + pad - tall + 1) // step))
+
+    def compute(top: int, bottom: int) -> Tensor:
+        first, last = first_of(top), min(height, (bottom - 1 + pad) // step + 1)
+        rows = F.conv_transpose2d(input.read(first, last), weight, bias, stride, (0, pad_across))
+        begin = top + pad - first * step
+        return rows[..., begin : begin + bottom - top, :]
+
+    return input._derive(
+        compute,
+        channels=weight.shape[1],
+        size=((height - 1) * step + tall - 2 * pad, (width - 1) * step_across + wide - 2 * pad_across),
+        reach=first_of,
+        kept=True,
+    )
+
+
 def _group_norm(
     input: Rows, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Rows:
@@ -691,6 +688,7 @@ def _chunk(input: Rows, chunks: int, dim: int = 0) -> Any:
 
 _FUNCTIONS: dict[str, Callable] = {
     "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
     "group_norm": _group_norm,
     "pad": _pad,
     "interpolate": _interpolate,

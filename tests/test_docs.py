@@ -19,6 +19,8 @@ import tsdsr
 from tsdsr import PromptEmbeddings, TSDSRPipeline
 from tsdsr.checkpoints.layout import is_target
 
+from .checkpoints.test_tinysr import write_release
+
 ROOT = Path(tsdsr.__file__).resolve().parent
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -86,6 +88,7 @@ def place(tmp_path, save_single_file, clip_config, clip_tokenizer):
     prompt = torch.randn(1, 16, 20), torch.randn(1, 16)
     pipeline = TSDSRPipeline(vae, transformer, scheduler, PromptEmbeddings.from_tensors(*prompt))
     pipeline.save_pretrained(tmp_path / "tsd-sr")
+    write_release(tmp_path / "TinySR")
     for number, name in enumerate(("tsdsr", "tsdsr-mse")):
         save_lora(tmp_path / "checkpoint" / name, {"transformer": transformer, "vae": vae}, number)
     (tmp_path / "dataset" / "default").mkdir(parents=True)
@@ -131,7 +134,7 @@ def examples(page: str) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", *(f"docs/{name}.md" for name in ["diffusers", "memory", "evaluation", "large_pictures"])],
+    ["README.md", *(f"docs/{name}.md" for name in ["diffusers", "memory", "evaluation", "large_pictures", "tinysr"])],
 )
 def test_examples_run(place, page):
     # In one process, because starting one takes as long as most examples.

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..models.fast_layers import use_fast_layers
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.text import load_text_encoder
 from .config import ConfigError, DistillConfig, reason
@@ -106,6 +107,8 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
             f"{', '.join(sorted(str(kind) for kind in classes.values() if kind))}); name a base of one of the two."
         )
     vae = part(AutoencoderTiny if classes.get("vae") == "AutoencoderTiny" else AutoencoderKL, "vae")
+    # As the pipeline of the validation does it: a run computes the same before its first and after.
+    use_fast_layers(vae)
     _check_fit(config, name, family, denoiser, vae)
 
     fixed = _embeddings(config.prompt_embeds) if config.prompt_embeds else None

@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..models.fast_layers import use_fast_layers
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.folders import whole_folder
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
@@ -140,6 +141,7 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
     set_seed(config.seed)
     try:
         vae = AutoencoderTiny(**settings.vae)
+        use_fast_layers(vae)
         transformer = SD3Transformer2DModel(**settings.transformer)
         scheduler = FlowMatchEulerDiscreteScheduler(**settings.scheduler)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:

@@ -21,6 +21,7 @@ from tsdsr.benchmarks.memory import (
     table,
     write_gguf,
 )
+from tsdsr.checkpoints import bake_model
 
 TRANSFORMER = {
     "sample_size": 16,
@@ -73,6 +74,12 @@ def test_random_weights_are_a_pipeline_that_makes_a_picture(model):
         ("gguf_q4_0", "gguf"),
         ("disk_blocks", None),
         ("disk_leaves", None),
+        ("baked", None),
+        ("baked_bf16", None),
+        ("baked_fp8", None),
+        ("baked_int8", "torchao"),
+        ("baked_int8_dynamic", "torchao"),
+        ("baked_int4", "torchao"),
     ],
 )
 def test_every_mode_of_a_cpu(model, tmp_path, mode, package):
@@ -82,6 +89,8 @@ def test_every_mode_of_a_cpu(model, tmp_path, mode, package):
         transformer = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer")
         kind = mode.removeprefix("gguf_").upper()
         write_gguf(transformer, tmp_path / f"{kind}.gguf", kind)
+    if mode.startswith("baked"):
+        bake_model(model, tmp_path / "baked")
     args = Namespace(device="cpu", dtype="fp32", size=48)
     row = measure(mode, model, tmp_path, args)
     assert set(row) == {"loading_gb", "run_gb", "held_gb", "seconds"} and row["seconds"] > 0
@@ -92,6 +101,7 @@ def test_every_mode_of_a_cpu(model, tmp_path, mode, package):
     assert found.shape == expected.shape == (1, 3, 192, 192)
     # What a mode computes is the concern of tests/pipelines/test_memory_modes.py.
     exact = mode == "fp32" or mode.startswith("disk")
+    # The model is stored in bfloat16, and what is baked is rounded to that anew.
     assert (found - expected).abs().mean() < (1e-6 if exact else 0.2)
     assert exact or not torch.equal(found, expected)
 
@@ -104,12 +114,28 @@ def test_all_modes_are_measured_somewhere():
 
 def test_the_table_is_relative_to_one_mode():
     rows = {
-        "bf16": {"loading_gb": 4.2, "run_gb": 5.0, "held_gb": 4.0, "seconds": 2.0, "largest": 0.0, "mean": 0.0},
-        "fp8": {"loading_gb": 4.2, "run_gb": 3.0, "held_gb": 2.0, "seconds": 3.0, "largest": 0.012, "mean": 0.001},
+        "bf16": {
+            "loading_gb": 4.2,
+            "run_gb": 5.0,
+            "held_gb": 4.0,
+            "seconds": 2.0,
+            "largest": 0.0,
+            "mean": 0.0,
+            "psnr": float("inf"),
+        },
+        "fp8": {
+            "loading_gb": 4.2,
+            "run_gb": 3.0,
+            "held_gb": 2.0,
+            "seconds": 3.0,
+            "largest": 0.012,
+            "mean": 0.001,
+            "psnr": 48.2,
+        },
     }
     text = table(rows, "bf16", seconds=False)
-    assert text.splitlines()[-1] == "| `fp8` | 4.20 | 3.00 | 2.00 | 1.50 | 1.2e-02 | 1.0e-03 |"
-    assert "seconds" not in text and table(rows, "bf16", seconds=True).splitlines()[-1].count("|") == 9
+    assert text.splitlines()[-1] == "| `fp8` | 4.20 | 3.00 | 2.00 | 1.50 | 1.2e-02 | 1.0e-03 | 48.2 |"
+    assert "seconds" not in text and table(rows, "bf16", seconds=True).splitlines()[-1].count("|") == 10
 
 
 @linux

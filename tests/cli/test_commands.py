@@ -24,7 +24,7 @@ def test_help(tsdsr, arguments):
             ["--output", "--model", "--upscale", "--color-fix", "--tile-size", "--dtype", "--device", "--seed"],
         ),
         ("upscale", ["--overwrite", "--allow-large", "--format", "--quality", "--process-size"]),
-        ("convert", ["--base", "--lora", "--embeddings", "--output", "--keep-lora", "--dtype"]),
+        ("convert", ["--base", "--lora", "--embeddings", "--tinysr", "--output", "--keep-lora", "--dtype"]),
         ("info", ["--json"]),
     ],
 )
@@ -129,10 +129,16 @@ def test_convert_refuses_in_one_sentence_and_leaves_nothing(converted, assert_re
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_convert_needs_its_folders(tsdsr, tmp_path):
-    result = tsdsr("convert", "-o", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "--base" in result.stderr
+def test_convert_needs_its_folders(tsdsr, assert_refused, tmp_path):
+    def refused(options, *words):
+        assert_refused(tsdsr("convert", "-o", tmp_path / "out", *options), *words)
+
+    refused((), "--base and --lora and --embeddings", "--tinysr")
+    refused(("--base", tmp_path, "--embeddings", tmp_path), "--lora must")
+    for more in (("--base", tmp_path), ("--lora", tmp_path), ("--keep-lora",)):
+        refused(("--tinysr", tmp_path, *more), f"{more[0]} must be left out")
+    refused(("--tinysr", tmp_path / "none"), tmp_path / "none", "checkpoint/")
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_with_debug_shows_where(converted, tmp_path):

@@ -1,5 +1,6 @@
 """Any size, any memory: strips, what is tried where memory runs out, what overflows, seams."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tsdsr.imaging import read
 from tsdsr.pipelines import codec
 from tsdsr.pipelines.loading import load_pipeline
 from tsdsr.pipelines.memory import Tiles
+from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
+from tsdsr.pipelines.strips import Rows
 from tsdsr.pipelines.tiling import TilePlan
 
 SMALL = {"process_size": 32, "tile_size": 32, "tile_overlap": 8}
@@ -125,6 +128,36 @@ def test_a_sample_stands_for_pictures_beyond_the_limit(make_pipeline, photo, mon
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_maps_go_without_waiting_for_the_garbage_collector(make_pipeline, photo, monkeypatch, sampled):
+    if sampled:
+        monkeypatch.setattr(codec, "EXACT", 64)
+        monkeypatch.setattr(codec, "KEPT", 32 * 32)
+    pipeline, image, next_try, left = make_pipeline("kl"), photo(24, 24), TSDSRPipeline._with_less_memory, []
+
+    def alive():
+        return sum(isinstance(each, Rows) for each in gc.get_objects())
+
+    def count(*args):
+        left.append(alive())
+        return next_try(*args)
+
+    def fail_once(*_):
+        hook.remove()
+        raise MemoryError
+
+    monkeypatch.setattr(TSDSRPipeline, "_with_less_memory", count)
+    gc.collect()
+    gc.disable()
+    try:
+        hook = pipeline.vae.decoder.conv_out.register_forward_pre_hook(fail_once)
+        pipeline(image, vae_tile_size=32, tile_batch_size=2, **SMALL)
+        assert left == [0]
+        assert alive() == 0
+    finally:
+        gc.enable()
 
 
 def test_smaller_things_are_tried_where_memory_runs_out(make_pipeline, photo, caplog):

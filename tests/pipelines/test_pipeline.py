@@ -364,10 +364,17 @@ def test_other_prompts_through_sd3_text_encoders(make_pipeline, picture, clip):
     assert not torch.allclose(results[0], results[1]) and not torch.allclose(results[1], results[3])
 
 
-def test_layout_of_an_array_does_not_reach_the_networks(make_pipeline, picture):
-    """Group normalisation on a CPU is a hundred times less exact on channels-last pictures, which arrays come as."""
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+def test_pictures_go_through_the_vae_in_one_layout(make_pipeline, picture, weights):
+    """Channels last on a CPU, whatever the picture and the weights come in."""
     pipeline, seen = make_pipeline(vae="kl"), []
-    hook = pipeline.vae.encoder.conv_in.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    pipeline(picture(24, 24), output_type="latent", **SMALL)
-    hook.remove()
-    assert seen and all(pixels.is_contiguous() for pixels in seen)
+    pipeline.vae.to(memory_format=weights)
+    hooks = [
+        part.conv_in.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        for part in (pipeline.vae.encoder, pipeline.vae.decoder)
+    ]
+    for image in (picture(24, 24), torch.from_numpy(picture(24, 24)).movedim(-1, 0).contiguous()):
+        pipeline(image, **SMALL)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 4 and all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)

@@ -1,0 +1,55 @@
+"""`tsdsr bake`, and upscaling with what it writes."""
+
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tsdsr import PromptEmbeddings, TSDSRPipeline
+
+
+def test_the_folder_upscales_as_the_model_does(tsdsr, kl_model, photo, small_tiles, tmp_path):
+    picture = photo(tmp_path / "in.png")
+    result = tsdsr("bake", kl_model, "-o", tmp_path / "baked")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'baked'}"
+    for name, model in (("plain", kl_model), ("baked", tmp_path / "baked")):
+        done = tsdsr("upscale", picture, "-o", tmp_path / f"{name}.png", "--model", model, *small_tiles)
+        assert done.exit_code == 0, done.output
+    one, other = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("plain", "baked"))
+    assert np.abs(one - other).max() <= 1
+    said = json.loads(tsdsr("info", tmp_path / "baked", "--json").stdout)
+    assert said["family"].endswith("baked") and said["components"]["transformer"] == "OneStepSD3Transformer2DModel"
+    card = (tmp_path / "baked" / "README.md").read_text()
+    assert "baked into the transformer" in card and 'from_pretrained("baked")' in card
+
+
+def test_another_prompt_and_another_dtype(tsdsr, kl_model, tmp_path):
+    torch.manual_seed(9)
+    PromptEmbeddings.from_tensors(torch.randn(1, 5, 12), torch.randn(1, 10)).save_pretrained(tmp_path / "prompt")
+    result = tsdsr(
+        "bake", kl_model, "-o", tmp_path / "baked", "--prompt-embeddings", tmp_path / "prompt", "--dtype", "bf16"
+    )
+    assert result.exit_code == 0, result.output
+    pipeline = TSDSRPipeline.from_pretrained(tmp_path / "baked", dtype=torch.bfloat16)
+    assert pipeline.transformer.config.prompt_tokens == 5
+    assert json.loads(tsdsr("info", tmp_path / "baked", "--json").stdout)["dtype"] == "bfloat16"
+
+
+def test_refusals(tsdsr, kl_model, files, assert_refused, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert_refused(tsdsr("bake", kl_model, "-o", tmp_path / "full"), "full", "not empty")
+    assert_refused(tsdsr("bake", kl_model, "-o", tmp_path / "full", "--overwrite"), "model_index.json")
+    assert_refused(tsdsr("bake", tmp_path / "absent", "-o", tmp_path / "out"), "absent")
+    assert_refused(tsdsr("bake", kl_model, "-o", kl_model, "--overwrite"), "input")
+    assert_refused(tsdsr("bake", kl_model, "-o", tmp_path / "out", "--fidelity", "0.5"), "LoRA")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_a_baked_model_is_not_baked_again(tsdsr, kl_model, assert_refused, tmp_path):
+    assert tsdsr("bake", kl_model, "-o", tmp_path / "baked").exit_code == 0
+    assert_refused(tsdsr("bake", tmp_path / "baked", "-o", tmp_path / "twice"), "already")
+    assert tsdsr("bake", kl_model, "-o", tmp_path / "baked", "--overwrite").exit_code == 0
