@@ -16,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import (
@@ -33,6 +34,13 @@ from transformers import (
 from tsdsr import PromptEmbeddings, TSDSRPipeline
 
 from .fake_hub import TOKEN, FakeHub
+
+
+@pytest.fixture(autouse=True)
+def _default_attention() -> Iterator[None]:
+    """No test may leave another kernel of attention behind: later ones would differ in their last digits."""
+    yield
+    assert _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
 
 
 def _vae(kind: str) -> AutoencoderKL | AutoencoderTiny:
