@@ -48,12 +48,12 @@ def bake_model(
     from ..pipelines.loading import DTYPES, find_model, load_pipeline
     from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype} is not known; use {', '.join(DTYPES)}.")
     output = Path(output).expanduser().resolve()
     name, local = find_model(model)
     source = Path(name if local else TSDSRPipeline.download(name))
     check_output(output, overwrite, [Path(path) for path in (source, prompt_embeddings, *lora) if path is not None])
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype {dtype} is not known; use {', '.join(DTYPES)}.")
     if not (source / "transformer").is_dir():
         raise CheckpointError(f"{model} has no transformer, and nothing else can be baked; name a model on SD3.")
     stored = dtypes_of(read_component_header(source / "transformer").tensors.values())[0]

@@ -53,3 +53,19 @@ def test_a_baked_model_is_not_baked_again(tsdsr, kl_model, assert_refused, tmp_p
     assert tsdsr("bake", kl_model, "-o", tmp_path / "baked").exit_code == 0
     assert_refused(tsdsr("bake", tmp_path / "baked", "-o", tmp_path / "twice"), "already")
     assert tsdsr("bake", kl_model, "-o", tmp_path / "baked", "--overwrite").exit_code == 0
+
+
+def test_it_goes_to_the_hub_like_any_other(tsdsr, kl_model, tmp_path):
+    """The folder that would be uploaded upscales as the model does, with its code beside it."""
+    assert tsdsr("bake", kl_model, "-o", tmp_path / "baked").exit_code == 0
+    result = tsdsr(
+        "push", tmp_path / "baked", "someone/test", "--dry-run", "--no-sample", "--include-code", "-o", tmp_path / "hub"
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "hub" / "transformer" / "tsdsr.py").is_file()
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "baked into the transformer" in card and 'from_pretrained("someone/test"' in card
+    picture = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    small = {"process_size": 32, "tile_size": 32, "tile_overlap": 8, "output_type": "pt"}
+    one, other = (TSDSRPipeline.from_pretrained(tmp_path / name)(picture, **small).images for name in ("baked", "hub"))
+    assert torch.equal(one, other)

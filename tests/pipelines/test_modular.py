@@ -14,7 +14,7 @@ from diffusers.modular_pipelines import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from tsdsr import TSDSRPipeline
+from tsdsr import OneStepSD3Transformer2DModel, TSDSRPipeline
 from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.pipelines.modular import TSDSRBlocks, TSDSRModularPipeline, TSDSRUpscaleStep
 
@@ -92,6 +92,19 @@ def test_a_pipeline_folder_and_its_configs(make_pipeline, picture, tmp_path):
     modular = TSDSRBlocks().init_pipeline(str(tmp_path))
     modular.load_components(dtype=torch.float32)
     modular.set_progress_bar_config(disable=True)
+    expected = TSDSRPipeline.from_pretrained(tmp_path)(picture(8, 8), **SMALL).images
+    assert torch.equal(modular(image=picture(8, 8), **SMALL).images, expected)
+
+
+def test_a_baked_model(make_pipeline, picture, tmp_path):
+    """From its folder, whose transformer is not of the class that the blocks name."""
+    pipeline = make_pipeline("kl")
+    pipeline.bake()
+    pipeline.save_pretrained(tmp_path)
+    modular = TSDSRBlocks().init_pipeline(str(tmp_path))
+    modular.load_components(dtype=torch.float32)
+    modular.set_progress_bar_config(disable=True)
+    assert type(modular.transformer) is OneStepSD3Transformer2DModel
     expected = TSDSRPipeline.from_pretrained(tmp_path)(picture(8, 8), **SMALL).images
     assert torch.equal(modular(image=picture(8, 8), **SMALL).images, expected)
 
