@@ -136,12 +136,13 @@ def page(results: dict[str, list[Row]]) -> str:
     """
     parts = [INTRO]
     parts += ["## Modes\n", *(f"* `{name}`: {mode.what}." for name, mode in MODES.items()), ""]
-    for name, rows in sorted(results.items(), key=lambda item: (not item[0].endswith("_full"), item[0])):
-        device = slug(rows[0]["machine"]["device"])
-        model = name.removeprefix(f"{device}_")
+    named = [(*_name(name, rows), name, rows) for name, rows in results.items()]
+    for model, ending, name, rows in sorted(named, key=lambda each: (each[0] != "full", each[2])):
+        machine = rows[0]["machine"]
         own = any(row["mode"] == BASELINE and "seconds" in row for row in rows)
-        published = rows if own else results.get(f"{device}_full", [])
-        parts.append(f"## {model} on {rows[0]['machine']['device']}\n")
+        published = rows if own else results.get(f"{slug(machine['device'])}_full{ending}", [])
+        title = f"{model} in {machine['dtype']}" if ending else model
+        parts.append(f"## {title} on {machine['device']}\n")
         for facts in _distinct([row["machine"] for row in rows if "seconds" in row]):
             said = [f"{key} {value}" for key, value in facts.items() if key not in ("device", "type")]
             parts.append(f"Measured with {', '.join(said)}.\n")
@@ -153,6 +154,14 @@ def page(results: dict[str, list[Row]]) -> str:
             parts.append(f"### {size}x{size} to {UPSCALE * size}x{UPSCALE * size}, {batch} {pictures} a call\n")
             parts.append(table(chosen, published) + "\n")
     return "\n".join(parts)
+
+
+def _name(name: str, rows: list[Row]) -> tuple[str, str]:
+    """The model of a file and the ending of its name, which says its dtype where that is not the device's usual one."""
+    machine = rows[0]["machine"]
+    ending = f"_{machine['dtype']}"
+    model = name.removeprefix(f"{slug(machine['device'])}_")
+    return (model.removesuffix(ending), ending) if model.endswith(ending) else (model, "")
 
 
 def _distinct(values: list) -> list:

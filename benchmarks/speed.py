@@ -8,8 +8,8 @@ python -m benchmarks.speed --page
 from the root of the repository, or with `tsdsr.benchmarks.speed` from anywhere. Photographs of --sizes pixels a side
 are enlarged four times, --batches of them in one call, by each mode in a process of its own. "full" are networks of
 SD3-medium's size with random weights, made once in --folder (4 GB). Results are kept in --results, one file for each
-device and model, after every row: run the same command again and it goes on with the rows that are missing. --page
-writes docs/benchmarks.md from them.
+device, model and dtype, after every row: run the same command again and it goes on with the rows that are missing.
+--page writes docs/benchmarks.md from them.
 
 Time is the device's on a GPU; on a CPU it is the time of its cores without waiting, which other programs still change,
 so that the rate of matrix products is measured beside it. GB are 10^9 bytes.
@@ -213,8 +213,14 @@ def no_gpu(setting: Setting) -> str | None:
     return None if setting.device.type == "cuda" else "needs a GPU"
 
 
-def slow_bfloat16(setting: Setting) -> str | None:
+def same(setting: Setting, dtype: str) -> str | None:
+    return "all modes compute in it here" if setting.dtype == DTYPES[dtype] else None
+
+
+def no_bfloat16(setting: Setting) -> str | None:
     """Only some CPUs compute in it; others would take minutes for a picture."""
+    if same(setting, "bf16"):
+        return same(setting, "bf16")
     if setting.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
         return None
     return "this CPU does not compute in bfloat16"
@@ -283,11 +289,15 @@ MODES: dict[str, Mode] = {
         partial(ours, load=torchao("Float8DynamicActivationFloat8WeightConfig")),
         no_fp8,
     ),
-    "bf16": Mode("`merged` in bfloat16", partial(in_dtype, torch.bfloat16), slow_bfloat16),
+    "bf16": Mode("`merged` in bfloat16", partial(in_dtype, torch.bfloat16), no_bfloat16),
     "baked_bf16": Mode(
-        "`baked` in bfloat16", partial(in_dtype, torch.bfloat16, change=TSDSRPipeline.bake), slow_bfloat16
+        "`baked` in bfloat16", partial(in_dtype, torch.bfloat16, change=TSDSRPipeline.bake), no_bfloat16
     ),
-    "fp16": Mode("`merged` in float16", partial(in_dtype, torch.float16), no_gpu),
+    "fp16": Mode(
+        "`merged` in float16",
+        partial(in_dtype, torch.float16),
+        lambda setting: no_gpu(setting) or same(setting, "fp16"),
+    ),
 }
 
 
@@ -547,7 +557,8 @@ def main(arguments: list[str] | None = None) -> None:
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
+    usual = "fp16" if args.device.startswith("cuda") else "fp32"
+    args.dtype = args.dtype or usual
     args.repeats = args.repeats or (1 if args.quick else 10 if args.device.startswith("cuda") else 3)
     sizes = args.sizes or (QUICK_SIZES if args.quick else (128, 256, 512))
     batches = args.batches or ((1, 2) if args.quick else (1, 8))
@@ -578,7 +589,8 @@ def main(arguments: list[str] | None = None) -> None:
     files.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(args)
     results = args.results or (args.folder / "quick_results" if args.quick else RESULTS)
-    file = results / f"{slug(facts['device'])}_{slug(name)}.json"
+    ending = "" if args.dtype == usual else f"_{args.dtype}"
+    file = results / f"{slug(facts['device'])}_{slug(name)}{ending}.json"
     kept = {(row["mode"], row["size"], row["batch"]): row for row in read_results(file)}
     deadline = time.monotonic() + 60 * args.max_minutes
     for size, batch, mode in [(s, b, m) for s in sizes for b in batches for m in MODES if m in args.modes]:

@@ -74,6 +74,19 @@ def test_the_embedded_model_stands_beside_the_full_one():
     assert cells(text, "merged")[1:4] == ["0.125", "8", "1"]
 
 
+def test_another_dtype_has_tables_of_its_own():
+    machine = MACHINE | {"dtype": "bf16"}
+    results = {
+        "a_cpu_embedded_bf16": [row("merged", 1.0) | {"machine": machine}],
+        "a_cpu_full": [row("published", 9.0)],
+        "a_cpu_full_bf16": [row("published", 4.0) | {"machine": machine}],
+    }
+    text = page(results)
+    titles = [line for line in text.splitlines() if line.startswith("## ")][1:]
+    assert titles == ["## full on A CPU", "## full in bf16 on A CPU", "## embedded in bf16 on A CPU"]
+    assert cells(text, "merged")[1:4] == ["0.25", "4", "1"]
+
+
 def test_pictures_and_page_are_written(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from tsdsr.benchmarks.speed import write_results

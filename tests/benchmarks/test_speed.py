@@ -120,9 +120,20 @@ def test_modes_say_what_they_are_and_where_they_cannot_be(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderTiny"]}))
     setting = speed.Setting(tmp_path, tmp_path, 128, 1, torch.float32, torch.device("cpu"))
     absent = {name for name, mode in MODES.items() if mode.absent(setting)}
-    assert {"published", "tile_batches", "cuda_graphs", "autotuned", "fp8_dynamic", "bf16", "fp16"} <= absent
+    assert {"published", "tile_batches", "cuda_graphs", "autotuned", "fp8_dynamic", "fp16"} <= absent
     assert not absent & {"merged", "channels_last", "fused_qkv", "compiled"}
     assert len({mode.what for mode in MODES.values()}) == len(MODES)
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_bfloat16_where_a_cpu_computes_in_it_and_not_all_modes_do(tmp_path, monkeypatch, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    device = torch.device("cpu")
+    for name in ("bf16", "baked_bf16"):
+        reason = MODES[name].absent(speed.Setting(tmp_path, tmp_path, 128, 1, torch.float32, device))
+        assert reason == (None if supported else "this CPU does not compute in bfloat16")
+        reason = MODES[name].absent(speed.Setting(tmp_path, tmp_path, 128, 1, torch.bfloat16, device))
+        assert reason == "all modes compute in it here"
 
 
 def test_a_folder_that_holds_no_pipeline(tmp_path, capsys):
