@@ -37,11 +37,13 @@ from diffusers.hooks import apply_layerwise_casting
 from diffusers.utils import logging as diffusers_logging
 
 from tsdsr.checkpoints.bake import bake_model
+from tsdsr.imaging import read
 from tsdsr.models.prompt_embeddings import PromptEmbeddings
 from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
 
 from .shared_base import DTYPES, SD3_MEDIUM, Memory, random_base
+from .sizes import SAMPLE, mirrored
 
 # vae/config.json of stabilityai/stable-diffusion-3-medium-diffusers.
 SD3_VAE = {
@@ -214,10 +216,8 @@ GPU_MODES: dict[str, Mode] = {
 
 
 def photograph(size: int) -> np.ndarray:
-    """A smooth random picture (size, size, 3), float32, 0..1."""
-    noise = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    picture = torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True)
-    return picture[0].clamp(0, 1).movedim(0, -1).contiguous().numpy()
+    """The photograph that ships with the package, (size, size, 3), float32, 0..1."""
+    return mirrored(read(SAMPLE).rgb, size, size)
 
 
 def measure(mode: str, model: Path, files: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -9,7 +9,8 @@ from the root of the repository, or with `tsdsr.benchmarks.speed` from anywhere.
 are enlarged four times, --batches of them in one call, by each mode in a process of its own. "full" are networks of
 SD3-medium's size with random weights, made once in --folder (4 GB). Results are kept in --results, one file for each
 device, model and dtype, after every row: run the same command again and it goes on with the rows that are missing.
---page writes docs/benchmarks.md from them.
+With --profile rows that were measured get the shares of their operators beside it. --page writes docs/benchmarks.md
+from all of it.
 
 Time is the device's on a GPU; on a CPU it is the time of its cores without waiting, which other programs still change,
 so that the rate of matrix products is measured beside it. GB are 10^9 bytes.
@@ -53,6 +54,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 UPSCALE = 4
 # A row's calls are repeated until this many seconds are measured, if --repeats does not end them before.
 ENOUGH_SECONDS = 120
+# Kinds of operators by their names in torch's profiler, on a CPU and as kernels of a GPU; the first that fits counts.
+OPERATORS = {
+    "attention": r"attention|flash|fmha|softmax",
+    "convolution": r"conv|implicit",
+    "matrix product": r"addmm|aten::mm|bmm|matmul|int_mm|linear|gemm|nvjet",
+    "normalisation": r"norm|var_mean",
+    "activation": r"silu|gelu|relu|tanh",
+    "copying, adding": r"copy|cat|add|mul|sub|div|clone|fill|upsample|pad|elementwise|Memcpy|reduce|mean",
+}
 # Small enough for a test, and large enough that the published procedure tiles the larger picture.
 QUICK_TRANSFORMER = {
     "sample_size": 64,
@@ -453,6 +463,31 @@ def measure(mode: str, setting: Setting, repeats: int, side: int) -> dict[str, A
     }
 
 
+def operators(mode: str, setting: Setting) -> dict[str, Any]:
+    """Shares of a call's time by kind of operator, in a further process: a profiler slows what it watches.
+
+    Returns:
+        operators: kinds of `OPERATORS` and "rest", each from 0 to 1.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    run = MODES[mode].start(setting)
+    photographs = torch.from_numpy(photograph(setting.size)).movedim(-1, 0).mul(255).byte()
+    photographs = photographs.expand(setting.batch, -1, -1, -1).contiguous()
+    for ready in (None, run.compile):
+        if ready:
+            ready()
+        run.call(photographs, lambda stage: None)
+    gpu = setting.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as watched:
+        run.call(photographs, lambda stage: None)
+    spent = dict.fromkeys((*OPERATORS, "rest"), 0.0)
+    for event in watched.key_averages():
+        kind = next((kind for kind, pattern in OPERATORS.items() if re.search(pattern, event.key)), "rest")
+        spent[kind] += event.self_device_time_total if gpu else event.self_cpu_time_total
+    return {"operators": {kind: round(value / sum(spent.values()), 4) for kind, value in spent.items()}}
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -545,6 +580,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="start nothing after that long")
     parser.add_argument("--redo", action="store_true", help="measure again what has been measured")
     parser.add_argument("--quick", action="store_true", help="tiny random networks, to see that all of it works")
+    parser.add_argument("--profile", action="store_true", help="add shares of operators to the rows that there are")
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md from the results and do no more")
     parser.add_argument("--row", nargs=3, metavar=("MODE", "SIZE", "BATCH"), help="measure it here; prints JSON")
     given = sys.argv[1:] if arguments is None else arguments
@@ -576,10 +612,13 @@ def main(arguments: list[str] | None = None) -> None:
     def setting(size: int, batch: int) -> Setting:
         return Setting(model, files, size, batch, DTYPES[args.dtype], torch.device(args.device))
 
+    def take(mode: str, setting: Setting) -> dict[str, Any]:
+        return operators(mode, setting) if args.profile else measure(mode, setting, args.repeats, args.side)
+
     if args.row:
         limit_memory()
         mode, size, batch = args.row[0], int(args.row[1]), int(args.row[2])
-        print(json.dumps(measure(mode, setting(size, batch), args.repeats, args.side)))
+        print(json.dumps(take(mode, setting(size, batch))))
         return
 
     if configs and not model.exists():
@@ -596,7 +635,9 @@ def main(arguments: list[str] | None = None) -> None:
     for size, batch, mode in [(s, b, m) for s in sizes for b in batches for m in MODES if m in args.modes]:
         key = (mode, size, batch)
         measured = "seconds" in kept.get(key, {})
-        if measured and not args.redo:
+        if args.profile and not measured:
+            continue
+        if measured and not (args.redo or args.profile):
             print(f"{mode} {size} x{batch}: kept", file=sys.stderr, flush=True)
             continue
         reason, left = MODES[mode].absent(setting(size, batch)), deadline - time.monotonic()
@@ -608,13 +649,16 @@ def main(arguments: list[str] | None = None) -> None:
             row = {"not_run": f"no time was left (--max-minutes {args.max_minutes:g})"}
         elif args.quick:  # a process for each would take longer than all that it measures
             torch.compiler.reset()
-            row = measure(mode, setting(size, batch), args.repeats, args.side)
+            row = take(mode, setting(size, batch))
         else:
             row = in_process([sys.executable, "-m", __spec__.name, *given, "--row", mode, str(size), str(batch)], left)
-        if not (measured and "not_run" in row):
+        if args.profile and "not_run" not in row:
+            kept[key] |= row
+            write_results(file, list(kept.values()))
+        elif not (measured and "not_run" in row):
             kept[key] = {"mode": mode, "size": size, "batch": batch, **row, "machine": facts}
             write_results(file, list(kept.values()))
-        said = row.get("not_run") or f"{row['seconds']:.3g} s, {row['peak_gb']} GB"
+        said = row.get("not_run") or row.get("operators") or f"{row['seconds']:.3g} s, {row['peak_gb']} GB"
         print(f"{mode} {size} x{batch}: {said}", file=sys.stderr, flush=True)
     print(file)
 

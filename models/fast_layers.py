@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -47,6 +48,22 @@ class FreshSiLU(nn.SiLU):
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
         return F.silu(input, inplace=not torch.is_grad_enabled())
+
+
+class PlainResnetBlock2D(ResnetBlock2D):
+    """diffusers' residual block where it knows no time and scales its sum by 1, which is then not divided by."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) to (B, C', H, W); raises a ValueError for an embedding of time."""
+        if temb is not None:
+            raise ValueError("This block of a VAE takes no embedding of time.")
+        hidden_states = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden_states = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden_states))))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        if torch.is_grad_enabled() or not isinstance(hidden_states, Tensor):
+            return input_tensor + hidden_states
+        return hidden_states.add_(input_tensor)
 
 
 class UpsamplingConv2d(nn.Conv2d):
@@ -112,6 +129,12 @@ def _folds(layer: nn.Module) -> bool:
     )
 
 
+def _is_plain(block: ResnetBlock2D) -> bool:
+    """Whether a residual block is one that `PlainResnetBlock2D` can be."""
+    layers = (block.upsample, block.downsample, block.time_emb_proj)
+    return all(layer is None for layer in layers) and block.output_scale_factor == 1
+
+
 def use_fast_layers(vae: nn.Module) -> None:
     """Let the layers of a VAE (AutoencoderKL, AutoencoderTiny) compute the same in less time.
 
@@ -123,6 +146,8 @@ def use_fast_layers(vae: nn.Module) -> None:
         for name in ("nonlinearity", "conv_act"):
             if type(getattr(module, name, None)) is nn.SiLU:
                 getattr(module, name).__class__ = FreshSiLU
+        if type(module) is ResnetBlock2D and _is_plain(module):
+            module.__class__ = PlainResnetBlock2D
         plain = type(module) is Upsample2D and module.use_conv and module.interpolate and module.norm is None
         if plain and _folds(module.conv):
             module.__class__, module.conv.__class__ = FoldedUpsample2D, UpsamplingConv2d

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tsdsr.benchmarks import speed
-from tsdsr.benchmarks.report import table
+from tsdsr.benchmarks.report import page, table
 from tsdsr.benchmarks.speed import MODES, Stages, count_flops, in_process, main, read_results, stored_bytes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from /proc")
@@ -98,6 +98,14 @@ def test_a_row_in_a_process_of_its_own_is_kept_until_it_is_to_be_redone(folder, 
     capsys.readouterr()
     main(command)
     assert "kept" in capsys.readouterr().err and read_results(file) == first
+    # Beside what was measured, and only there.
+    main([*command, "--profile", "--modes", "merged", "fused_qkv"])
+    (profiled,) = read_results(file)
+    shares = profiled.pop("operators")
+    assert [profiled] == first and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert min(shares[kind] for kind in ("convolution", "matrix product", "attention", "normalisation")) > 0
+    assert "Time by kind of operator" in page({"quick": read_results(file)})
+    first = read_results(file)
     # What cannot be done again does not take the place of what was measured.
     main([*command, "--redo", "--max-minutes", "0"])
     assert read_results(file) == first

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -146,3 +147,15 @@ def test_what_is_not_a_doubling_stays():
         expected = vae.decode(latents).sample
         fast_layers.use_fast_layers(vae)
         torch.testing.assert_close(vae.decode(latents).sample, expected)
+
+
+@pytest.mark.parametrize("more", [{"output_scale_factor": 2.0}, {"up": True}, {"down": True}, {"temb_channels": 8}])
+def test_blocks_of_another_kind_stay(more):
+    block = ResnetBlock2D(in_channels=8, groups=4, **{"temb_channels": None, **more})
+    fast_layers.use_fast_layers(nn.Sequential(block))
+    assert type(block) is ResnetBlock2D
+    plain = ResnetBlock2D(in_channels=8, groups=4, temb_channels=None)
+    fast_layers.use_fast_layers(nn.Sequential(plain))
+    assert type(plain) is not ResnetBlock2D
+    with pytest.raises(ValueError, match="time"):
+        plain(torch.rand(1, 8, 4, 4), torch.rand(1, 8))
