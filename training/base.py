@@ -26,7 +26,8 @@ from torch import nn
 from ..models.fast_layers import use_fast_layers
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.text import load_text_encoder
-from .config import ConfigError, DistillConfig, reason
+from .config import ConfigError, DistillConfig, Phase, reason
+from .discriminators import PatchDiscriminator
 from .families import Ddpm, Family, Prompt, RectifiedFlow
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 
@@ -40,6 +41,8 @@ PUBLISHED_PROMPT = (
 REPEATED_BLOCKS = ("JointTransformerBlock", "BasicTransformerBlock")
 # Names of the published files, without .pt or .safetensors.
 EMBEDDING_FILES = ("prompt_embeds", "pool_embeds")
+# Parts of a VAE that turn latents into pictures.
+DECODER = ("decoder", "post_quant_conv")
 
 
 @dataclass
@@ -239,11 +242,15 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
         own_denoiser = copy.deepcopy(base.denoiser).float().requires_grad_(True)
     if config.vae_encoder == "full":
         own_vae = copy.deepcopy(base.vae).requires_grad_(False)
-        own_vae.decoder = base.vae.decoder
+        for name in DECODER:
+            if getattr(base.vae, name, None) is not None:
+                setattr(own_vae, name, getattr(base.vae, name))
         for _, module in encoder_layers(own_vae):
             module.float().requires_grad_(True)
     base.denoiser.to(weight_dtype)
-    base.vae.to(weight_dtype)
+    decoder = DECODER if config.vae_decoder == "full" else ()
+    for name, part in base.vae.named_children():
+        part.to(torch.float32 if name in decoder else weight_dtype)
     base.prompt.to(weight_dtype).requires_grad_(False)
 
     loras = {FAKE_SCORE: lora_config(config.fake_score_rank, family.fake_score_targets)}
@@ -255,8 +262,11 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
     vae_loras = {}
     if config.vae_encoder == "lora":
         vae_loras[STUDENT] = lora_config(config.vae_rank, tuple(name for name, _ in encoder_layers(base.vae)))
-    vae = SharedBase(base.vae, vae_loras, own_vae)
-    networks = Networks(family, denoiser, vae, shift)
+    vae = SharedBase(base.vae, vae_loras, own_vae, decoder)
+    discriminator = None
+    if config.uses(*Phase.ADVERSARIAL):
+        discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
+    networks = Networks(family, denoiser, vae, shift, discriminator)
     cast_training_params([networks], dtype=torch.float32)
     if config.gradient_checkpointing:
         for network in (networks.network, networks.student_network, networks.vae, networks.student_vae):

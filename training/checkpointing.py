@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Written last into a checkpoint: how far the run was.
@@ -107,14 +107,13 @@ class Checkpoints:
         return json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
 
 
-def save_only_trained(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make the accelerator's checkpoints hold what wants a gradient, instead of all weights of the frozen base."""
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+def save_only_trained(accelerator: Accelerator, trained: dict[str, Tensor]) -> None:
+    """Make the accelerator's checkpoints hold these tensors, by name, instead of all weights of the frozen base."""
 
     def save(models: list, weights: list, folder: str) -> None:
         weights.clear()  # so that the accelerator saves none
         if accelerator.is_main_process:
-            tensors = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
             save_file(tensors, Path(folder) / _TRAINED)
 
     def load(models: list, folder: str) -> None:
@@ -125,8 +124,8 @@ def save_only_trained(accelerator: Accelerator, model: nn.Module) -> None:
                 f"{folder} was written by a run that trained other weights; resume with the settings it began with."
             )
         with torch.no_grad():
-            for name, weight in trained.items():
-                weight.copy_(tensors[name])
+            for name, tensor in trained.items():
+                tensor.copy_(tensors[name])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

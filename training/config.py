@@ -24,6 +24,8 @@ COUNTS = (
     "train_batch_size",
     "gradient_accumulation_steps",
     "fake_score_updates",
+    "discriminator_width",
+    "discriminator_layers",
     "lr_num_cycles",
     "checkpointing_steps",
     "logging_steps",
@@ -37,11 +39,15 @@ NOT_NEGATIVE = (
     "max_train_steps",
     "learning_rate",
     "fake_score_learning_rate",
+    "discriminator_learning_rate",
+    "r1_weight",
     "lr_warmup_steps",
     "adam_epsilon",
     "adam_weight_decay",
     "validation_steps",
 )
+# Why settings that are "full" leave no LoRA.
+NO_LORA = {"train_type": "has no LoRA to write", "vae_decoder": "trains weights that a LoRA cannot hold"}
 
 
 class ConfigError(ValueError):
@@ -76,6 +82,8 @@ class Phase:
     frequency_l1: list[float] = setting([0.0], "weight of the absolute error of Fourier transforms")
     encoder_features: list[float] = setting([0.0], "weight of the distance in a frozen VAE encoder's features")
     lpips: list[float] = setting([0.0], "weight of LPIPS (equation 7); needs pyiqa and its weights")
+    adversarial: list[float] = setting([0.0], "weight of what a discriminator says of the student's pictures")
+    feature_matching: list[float] = setting([0.0], "weight of the absolute error of the discriminator's features")
     tsd: list[float] = setting([1.0], "weight of target score distillation (equation 8)")
     vsd_weight: float = setting(0.7, "lambda of equation 5: 1 is VSD alone, 0 TSM alone")
     dasm_steps: int = setting(4, "points on the trajectory (equation 6); 1 is without DASM")
@@ -84,7 +92,9 @@ class Phase:
     step_weights: list[float] = setting(list(STEP_WEIGHTS), "weight of each point")
     guidance_scale: float = setting(7.5, "classifier-free guidance of teacher and fake score")
 
-    WEIGHTS = ("latent_mse", "pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips", "tsd")
+    ADVERSARIAL = ("adversarial", "feature_matching")  # terms of a discriminator
+    PICTURES = ("pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips", *ADVERSARIAL)
+    WEIGHTS = ("latent_mse", *PICTURES, "tsd")
 
     def weights(self, progress: float) -> dict[str, float]:
         """The terms that count and their weights, `progress` 0..1 through the phase."""
@@ -96,9 +106,9 @@ class Phase:
                 found[name] = value
         return found
 
-    def uses(self, term: str) -> bool:
-        """Whether a term counts anywhere in the phase."""
-        return any(getattr(self, term))
+    def uses(self, *terms: str) -> bool:
+        """Whether one of these terms counts anywhere in the phase."""
+        return any(any(getattr(self, term)) for term in terms)
 
 
 @dataclass
@@ -122,9 +132,12 @@ class DistillConfig:
     # What is trained
     train_type: str = setting("lora", "the student's denoiser: lora, or full for all of its weights")
     vae_encoder: str = setting("lora", "the student's VAE encoder: lora, full or frozen")
+    vae_decoder: str = setting("frozen", "the student's VAE decoder: full or frozen")
     rank: int = setting(64, "LoRA rank of the student")
     fake_score_rank: int = setting(64, "LoRA rank of the fake-score model")
     vae_rank: int = setting(64, "LoRA rank of the VAE encoder")
+    discriminator_width: int = setting(32, "channels of the discriminator's first layer")
+    discriminator_layers: int = setting(3, "its strided layers: each halves the picture and doubles the channels")
 
     # Photographs
     train_data_dir: str | None = setting(None, "folder of sharp photographs, or of shards made by `tsdsr prepare`")
@@ -155,6 +168,10 @@ class DistillConfig:
     learning_rate: float = setting(5e-6, "of the student (published: 5e-6)")
     fake_score_learning_rate: float = setting(1e-6, "of the fake-score model (published: 1e-6)")
     fake_score_updates: int = setting(1, "updates of the fake-score model for one of the student")
+    discriminator_learning_rate: float = setting(2e-4, "of the discriminator")
+    discriminator_beta1: float = setting(0.5, "AdamW of the discriminator, in place of adam_beta1")
+    adversarial_loss: str = setting("hinge", "of student and discriminator: hinge or relativistic")
+    r1_weight: float = setting(0.0, "weight of the discriminator's gradient penalty (R1)")
     lr_scheduler: str = setting("cosine_with_restarts", "one of diffusers' schedules")
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")
     lr_num_cycles: int = setting(1, "cycles of cosine_with_restarts")
@@ -162,7 +179,7 @@ class DistillConfig:
     adam_beta2: float = setting(0.999, "AdamW")
     adam_epsilon: float = setting(1e-8, "AdamW")
     adam_weight_decay: float = setting(1e-4, "AdamW")
-    max_grad_norm: float = setting(1.0, "gradients of student and fake score are clipped to this norm, each")
+    max_grad_norm: float = setting(1.0, "gradients of each network that is trained are clipped to this norm")
     ema_decay: float = setting(0.0, "average the student's weights with this decay; 0: do not")
     mixed_precision: str | None = setting(None, "no, fp16 or bf16; by default what accelerate is configured for")
     torch_compile: bool = setting(False, "compile the blocks of the denoiser")
@@ -191,6 +208,8 @@ class DistillConfig:
         for name, allowed in (
             ("train_type", ("lora", "full")),
             ("vae_encoder", ("lora", "full", "frozen")),
+            ("vae_decoder", ("full", "frozen")),
+            ("adversarial_loss", ("hinge", "relativistic")),
             ("degrade_on", ("worker", "device")),
             ("output", ("lora", "merged", "both")),
             ("mixed_precision", (None, "no", "fp16", "bf16")),
@@ -203,7 +222,7 @@ class DistillConfig:
         _at_least(16, self, ("validation_size",))  # the window of SSIM has 11 pixels
         if self.checkpoints_total_limit is not None:
             _at_least(1, self, ("checkpoints_total_limit",))
-        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+        for name in ("ema_decay", "adam_beta1", "adam_beta2", "discriminator_beta1"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}.")
         if self.max_grad_norm <= 0:
@@ -212,10 +231,11 @@ class DistillConfig:
             raise ConfigError(f"mild_degradation must be from 0 to 1, not {self.mild_degradation}.")
         if self.resolution % self.scale:
             raise ConfigError(f"resolution ({self.resolution}) must be a multiple of scale ({self.scale}).")
-        if self.output != "merged" and self.train_type == "full":
-            if self.output == "lora":
-                raise ConfigError("train_type full has no LoRA to write: use output merged.")
-            self.output = "merged"
+        for name, why in NO_LORA.items():
+            if self.output != "merged" and getattr(self, name) == "full":
+                if self.output == "lora":
+                    raise ConfigError(f"{name} full {why}: use output merged.")
+                self.output = "merged"
         sources = [name for name in ("train_data_dir", "dataset_name", "data_files") if getattr(self, name)]
         if len(sources) != 1:
             raise ConfigError(
@@ -261,6 +281,11 @@ class DistillConfig:
                 )
             if not any(phase.uses(name) for name in phase.WEIGHTS):
                 raise ConfigError(f"Phase {phase.name!r} has no loss: give one of its terms a weight.")
+        if self.vae_decoder == "full" and not self.uses(*Phase.PICTURES):
+            names = ", ".join(Phase.PICTURES)
+            raise ConfigError(f"vae_decoder full needs a term that looks at pictures: give one of {names} a weight.")
+        if self.uses(*Phase.ADVERSARIAL):
+            self.check_judged(self.resolution)
 
     def phase_at(self, step: int) -> tuple[Phase, float]:
         """The phase of step `step` (from 0) and how far through it that is, 0..1; the last phase never ends."""
@@ -273,9 +298,22 @@ class DistillConfig:
             begin += length
         raise AssertionError("a run has phases")
 
-    def uses(self, term: str) -> bool:
-        """Whether a term counts in any phase."""
-        return any(phase.uses(term) for phase in self.phases)
+    def uses(self, *terms: str) -> bool:
+        """Whether one of these terms counts in any phase."""
+        return any(phase.uses(*terms) for phase in self.phases)
+
+    def steps_using(self, *terms: str) -> int:
+        """How many steps belong to phases in which one of these terms counts."""
+        return sum(self.phase_at(step)[0].uses(*terms) for step in range(self.max_train_steps))
+
+    def check_judged(self, resolution: int) -> None:
+        """Raises a `ConfigError` for crops that are too small for the discriminator."""
+        least = 2**self.discriminator_layers
+        if resolution < least:
+            raise ConfigError(
+                f"A discriminator with {self.discriminator_layers} strided layers (discriminator_layers) needs crops "
+                f"of at least {least} pixels, not {resolution}."
+            )
 
     def guided(self) -> bool:
         """Whether any phase needs the empty prompt: it guides teacher and fake score."""

@@ -10,7 +10,8 @@ that was not, and two processes follow one with twice the accumulation.
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from .draws import SCORES, draws
 from .export import Hub, export, pipeline_of
 from .families import Prompt, guided_velocity
 from .inputs import open_photographs, read_batches
-from .losses import Reconstruction, distillation, fake_score_term
-from .networks import FAKE_SCORE, STUDENT, TEACHER
+from .losses import Reconstruction, adversarial_terms, discriminator_terms, distillation, fake_score_term
+from .networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER
 from .objectives.noise import Velocity
 from .optimisation import NotFiniteError, Optimisation, check_finite
 from .pretrain import pretrain
@@ -44,6 +45,17 @@ logger = logging.getLogger("tsdsr.training")
 
 class TrainingError(RuntimeError):
     """One sentence on why a run cannot go on; its last checkpoint is whole."""
+
+
+@dataclass
+class Made:
+    """What the student made of a micro-batch, without gradient: the other roles learn from it."""
+
+    index: int
+    prompt: Prompt
+    latents: Tensor
+    output: Tensor | None  # pictures, where a loss looked at them
+    hq: Tensor
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
@@ -74,6 +86,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     metrics = make_metrics(config.validation_metrics, device)
     validation = Validation(photographs.validation, metrics)
     base_name = config.pretrained_model_name_or_path or pretrain(config, photographs)
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # pretrain had its own
     set_seed(config.seed)
     base = load_base(config, base_name, photographs.null_prompt)
     reconstruction = Reconstruction(config, base.vae.to(device), device)
@@ -83,7 +96,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     model, scheduler = optimisation.model, base.family.scheduler
 
     # 2. Where the run is
-    save_only_trained(accelerator, networks)
+    save_only_trained(accelerator, networks.trained())
     checkpoints = Checkpoints(accelerator, output_dir / "checkpoints", config.checkpoints_total_limit)
     try:
         progress = (checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else None) or {}
@@ -133,6 +146,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
         return call
 
+    def exchange(micro: int) -> AbstractContextManager:
+        """Processes exchange the gradients of a step once, with its last micro-batch."""
+        return nullcontext() if micro + 1 == accumulation else accelerator.no_sync(model)
+
     def backward(terms: dict[str, Tensor], weights: dict[str, float]) -> None:
         for name, term in terms.items():
             check_finite(f"The loss {name}", term.detach())
@@ -151,7 +168,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             weights = phase.weights(progress_in_phase)
 
             # Equations 3 to 8: the student
-            made: list[tuple[int, Tensor, Prompt]] = []
+            made: list[Made] = []
             for micro in range(accumulation):
                 batch = next(batches)
                 index, position = batch["index"], batch["position"]
@@ -159,32 +176,39 @@ def distill(config: DistillConfig) -> dict[str, Any]:
                 hq = batch["hq"].to(device)
                 lq = batch["lq"].to(device) if "lq" in batch else degrade_batch(hq, index, settings)
                 pictures, hq, prompt = bicubic(lq, hq.shape[-2:]) * 2 - 1, hq * 2 - 1, prompt_of(batch)
-                exchange = nullcontext() if micro + 1 == accumulation else accelerator.no_sync(model)
-                with networks.role(STUDENT), exchange:
-                    latents = model(STUDENT, pictures, prompt=fixed)
+                with networks.role(STUDENT), exchange(micro):
+                    latents, output = model(STUDENT, pictures, prompt=fixed, decode=phase.uses(*phase.PICTURES))
                     with accelerator.autocast():
                         hq_latents = (
                             batch["hq_latents"].to(device) if "hq_latents" in batch else networks.hq_latents(hq)
                         )
-                        terms = reconstruction(weights, latents, hq_latents, networks.decode, hq)
+                        terms = reconstruction(weights, latents, hq_latents, output, hq)
+                        terms |= adversarial_terms(config, weights, networks.judge, output, hq)
                     if "tsd" in weights:
                         teacher, fake = (velocity(role, prompt, phase.guidance_scale) for role in (TEACHER, FAKE_SCORE))
                         generator = draws(config.seed, SCORES, index)
                         terms["tsd"] = distillation(phase, scheduler, latents, hq_latents, teacher, fake, generator)
                     backward(terms, weights)
-                made.append((index, latents.detach(), prompt))
+                made.append(Made(index, prompt, latents.detach(), None if output is None else output.detach(), hq))
             optimisation.step(STUDENT)
 
             # Equation 9: the fake score follows it
             for update in range(config.fake_score_updates if "tsd" in weights else 0):
-                for micro, (index, latents, prompt) in enumerate(made):
-                    exchange = nullcontext() if micro + 1 == accumulation else accelerator.no_sync(model)
-                    with networks.role(FAKE_SCORE), exchange:
-                        generator = draws(config.seed, FAKE_SCORE_NOISE, index, update)
-                        predict = partial(model, FAKE_SCORE, prompt=prompt)
-                        terms = {"fake_score": fake_score_term(scheduler, latents, predict, generator)}
+                for micro, one in enumerate(made):
+                    with networks.role(FAKE_SCORE), exchange(micro):
+                        generator = draws(config.seed, FAKE_SCORE_NOISE, one.index, update)
+                        predict = partial(model, FAKE_SCORE, prompt=one.prompt)
+                        terms = {"fake_score": fake_score_term(scheduler, one.latents, predict, generator)}
                         backward(terms, {"fake_score": 1.0})
                 optimisation.step(FAKE_SCORE)
+
+            # The discriminator learns to tell its pictures from the photographs
+            if phase.uses(*phase.ADVERSARIAL):
+                for micro, one in enumerate(made):
+                    with exchange(micro):
+                        terms = discriminator_terms(config, partial(model, DISCRIMINATOR), one.output, one.hq)
+                        backward(terms, {"discriminator": 1.0, "r1": config.r1_weight})
+                optimisation.step(DISCRIMINATOR)
 
             step += 1
             bar.update()

@@ -32,7 +32,8 @@ from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .checkpointing import Checkpoints
 from .data import DegradedBatches, load_uint8, split_photographs
 from .degradation import degrade
-from .objectives import frequency_l1, gradient_l1
+from .discriminators import PatchDiscriminator
+from .objectives import frequency_l1, gradient_l1, hinge_discriminator_loss, hinge_student_loss
 from .validation import psnr_y
 
 
@@ -152,30 +153,6 @@ class EmbeddedModel(nn.Module):
                 ).sample
             )
         return latents, self.vae.decode(latents).sample
-
-
-class PatchDiscriminator(nn.Module):
-    """Convolutional discriminator, (B, 3, H, W) -> logits (B, 1, H/8, W/8); spectral norm keeps it Lipschitz."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        norm = nn.utils.parametrizations.spectral_norm
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(3):
-            narrow, wide = width * 2**i, width * 2 ** (i + 1)
-            layers += [norm(nn.Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False)), nn.LeakyReLU(0.2)]
-        wide = width * 8
-        layers += [norm(nn.Conv2d(wide, wide // 2, 3, padding=1, bias=False)), nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(wide // 2, 1, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-
-def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss (Lim and Ye, 2017): mean max(0, 1 - real) + mean max(0, 1 + fake)."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def cosine_schedule(stage: Stage) -> Callable[[int], float]:
@@ -304,7 +281,7 @@ def train_stage(
             terms["latent_mse"] = F.mse_loss(latents, target_latents)
         if discriminator is not None:
             discriminator.requires_grad_(False)
-            terms["adversarial"] = -discriminator(output).mean()
+            terms["adversarial"] = hinge_student_loss(discriminator(output))
             discriminator.requires_grad_(True)
         loss = sum(getattr(stage, name) * term for name, term in terms.items())
         optimizer.zero_grad()

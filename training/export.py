@@ -98,7 +98,7 @@ def export(
             _write_lora(networks, base, folder)
             _write_card(folder, title, "lora", config, base, base_name, metrics, facts)
     if config.output in ("merged", "both"):
-        dtype = next(networks.vae.decoder.parameters()).dtype
+        dtype = next(networks.network.parameters()).dtype  # of what is frozen
         with whole_folder(output_dir / PIPELINE_DIR) as folder:
             prompt = copy.deepcopy(base.prompt).to("cpu", dtype)
             plain = Base(base.family, merged(networks.denoiser, dtype), merged(networks.codec, dtype), prompt, None)
@@ -183,7 +183,8 @@ def _write_card(
         f"({model_card.PAPER}) by {_commit()}.",
         [
             f"Base: `{shown_base}`",
-            f"Trained: {trained} of the {base.family.component}; VAE encoder: {config.vae_encoder}",
+            f"Trained: {trained} of the {base.family.component}; VAE encoder: {config.vae_encoder}"
+            + ("; VAE decoder: full" if config.vae_decoder == "full" else ""),
             f"Data: {facts['photographs']}, {made}",
         ],
         model_card.usage(place, base=shown_base if kind == "lora" else None, subfolder=inside, scale=config.scale),

@@ -1,6 +1,6 @@
-"""The student's losses by name: which of them count, and how much, is a phase's business."""
+"""Losses by name: which of them count, and how much, is a phase's business."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,17 @@ from .objectives import (
     EncoderFeatureDistance,
     dasm_trajectory,
     fake_score_loss,
+    feature_matching,
     frequency_l1,
     gradient_l1,
+    hinge_discriminator_loss,
+    hinge_student_loss,
     latent_mse,
     noise_levels,
     pixel_l1,
+    r1_penalty,
+    relativistic_discriminator_loss,
+    relativistic_student_loss,
     tsd_gradient,
     tsd_loss,
 )
@@ -49,22 +55,67 @@ class Reconstruction:
             self.terms["lpips"] = lpips(device)
 
     def __call__(
-        self,
-        weights: dict[str, float],
-        latents: Tensor,
-        hq_latents: Tensor,
-        decode: Callable[[Tensor], Tensor],
-        hq: Tensor,
+        self, weights: dict[str, float], latents: Tensor, hq_latents: Tensor, output: Tensor | None, hq: Tensor
     ) -> dict[str, Tensor]:
-        """The terms that `weights` names, unweighted; pictures are decoded only if one of them looks at pictures."""
+        """The terms that `weights` names, unweighted; `output`, the decoded latents, only if one looks at pictures."""
         found = {}
         if "latent_mse" in weights:
             found["latent_mse"] = latent_mse(latents, hq_latents)
-        wanted = [name for name in PIXEL_TERMS if name in weights]
-        if wanted:
-            output = decode(latents)
-            found |= {name: self.terms[name](output, hq) for name in wanted}
+        if output is not None:
+            found |= {name: self.terms[name](output, hq) for name in PIXEL_TERMS if name in weights}
         return found
+
+
+def adversarial_terms(
+    config: DistillConfig,
+    weights: dict[str, float],
+    judge: Callable[[Tensor], Sequence[Tensor]],
+    output: Tensor | None,
+    hq: Tensor,
+) -> dict[str, Tensor]:
+    """What a discriminator says of the student's pictures: the terms that `weights` names, unweighted.
+
+    Args:
+        config: adversarial_loss is read from it.
+        weights: of the terms that count.
+        judge: from pictures to the discriminator's maps, logits last; no gradient reaches its weights.
+        output: the student's pictures (B, 3, H, W), about -1..1; None if no term looks at pictures.
+        hq: the photographs, -1..1.
+    """
+    if output is None or not weights.keys() & set(Phase.ADVERSARIAL):
+        return {}
+    relativistic = config.adversarial_loss == "relativistic"
+    *maps, fake = judge(output)
+    if relativistic or "feature_matching" in weights:
+        with torch.no_grad():
+            *wanted, real = judge(hq)
+    found = {}
+    if "adversarial" in weights:
+        fake = fake.float()
+        found["adversarial"] = relativistic_student_loss(real, fake) if relativistic else hinge_student_loss(fake)
+    if "feature_matching" in weights:
+        found["feature_matching"] = feature_matching(maps, wanted)
+    return found
+
+
+def discriminator_terms(
+    config: DistillConfig, judge: Callable[[Tensor], Tensor], output: Tensor, hq: Tensor
+) -> dict[str, Tensor]:
+    """What the discriminator is trained with: `discriminator`, and `r1` where it has a weight; unweighted.
+
+    Args:
+        config: adversarial_loss and r1_weight are read from it.
+        judge: from pictures to logits; called once, so that DDP sees one forward pass.
+        output: the student's pictures (B, 3, H, W), about -1..1; they get no gradient.
+        hq: the photographs, -1..1.
+    """
+    hq = hq.detach().requires_grad_(config.r1_weight > 0)
+    real, fake = judge(torch.cat([hq, output.detach()])).float().chunk(2)
+    loss = relativistic_discriminator_loss if config.adversarial_loss == "relativistic" else hinge_discriminator_loss
+    found = {"discriminator": loss(real, fake)}
+    if config.r1_weight:
+        found["r1"] = r1_penalty(real, hq)
+    return found
 
 
 def lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

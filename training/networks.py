@@ -1,4 +1,4 @@
-"""One copy of the base network in three roles: student, frozen teacher, fake-score model.
+"""One copy of the base network in three roles: student, frozen teacher, fake-score model; and a discriminator.
 
 The published code holds two copies of the base (student; teacher and fake score). Here all three are peft adapters on
 one: the teacher is the base itself, or the base with an adapter of its own. Only a student that trains all of its
@@ -15,9 +15,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .discriminators import Discriminator
 from .families import Family, Prompt
 
-STUDENT, TEACHER, FAKE_SCORE = "student", "teacher", "fake_score"
+STUDENT, TEACHER, FAKE_SCORE, DISCRIMINATOR = "student", "teacher", "fake_score", "discriminator"
 
 
 class SharedBase:
@@ -29,12 +30,16 @@ class SharedBase:
         adapters: a LoRA for each role that is not the base itself.
         student: a network of its own for the student, instead of an adapter; what it trains is what in it wants a
             gradient.
+        trained: parts of the network (names of its children) whose own weights the student trains, because no other
+            role uses them; a student's own network has to share them.
 
     Raises:
         ValueError: for a role other than student, teacher and fake_score.
     """
 
-    def __init__(self, network: Any, adapters: dict[str, LoraConfig], student: Any = None):
+    def __init__(
+        self, network: Any, adapters: dict[str, LoraConfig], student: Any = None, trained: tuple[str, ...] = ()
+    ):
         unknown = sorted(set(adapters) - {STUDENT, TEACHER, FAKE_SCORE})
         if unknown:
             raise ValueError(f"Roles are {STUDENT}, {TEACHER} and {FAKE_SCORE}, not {', '.join(unknown)}.")
@@ -46,6 +51,10 @@ class SharedBase:
                 network.add_adapter(config, adapter_name=name)
         self.names = frozenset(adapters) | ({TEACHER} & set(getattr(network, "peft_config", None) or {}))
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self._trained = trained
+        for name, weight in network.named_parameters():
+            if self._own(name):
+                weight.requires_grad_(True)
         self._role: str | None = None
         self._activate(None)
 
@@ -53,7 +62,15 @@ class SharedBase:
         """The weights of one role, by name in its network; none for a role that is the base itself."""
         if role == STUDENT and self.own_student is not None:
             return {name: weight for name, weight in self.own_student.named_parameters() if weight.requires_grad}
-        return {name: weight for name, weight in self.network.named_parameters() if f".{role}." in name}
+        return {
+            name: weight
+            for name, weight in self.network.named_parameters()
+            if f".{role}." in name or (role == STUDENT and self._own(name))
+        }
+
+    def _own(self, name: str) -> bool:
+        """Whether a weight of the network itself is the student's."""
+        return name.split(".", 1)[0] in self._trained
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The weights of one role, in a fixed order."""
@@ -91,16 +108,26 @@ class Networks(nn.Module):
     Args:
         family: of the denoiser.
         denoiser: the transformer or UNet in its three roles.
-        vae: the autoencoder; its encoder is the base's, or the student's own (a LoRA, or all of its weights).
+        vae: the autoencoder; its encoder is the base's, or the student's own (a LoRA, or all of its weights). Its
+            decoder is the student's, trained or not: nobody else decodes.
         shift: added to latents before they are scaled, negated (SD3's shift_factor, which TSD-SR does not use).
+        discriminator: of the student's pictures, where a loss asks for one.
     """
 
-    def __init__(self, family: Family, denoiser: SharedBase, vae: SharedBase, shift: float = 0.0):
+    def __init__(
+        self,
+        family: Family,
+        denoiser: SharedBase,
+        vae: SharedBase,
+        shift: float = 0.0,
+        discriminator: Discriminator | None = None,
+    ):
         super().__init__()
         self.family, self.denoiser, self.codec, self.shift = family, denoiser, vae, shift
         self.scaling = vae.network.config.scaling_factor
         self.network, self.vae = denoiser.network, vae.network
         self.student_network, self.student_vae = denoiser.own_student, vae.own_student
+        self.discriminator = discriminator
 
     @contextmanager
     def role(self, role: str) -> Iterator[tuple[Any, Any]]:
@@ -110,17 +137,57 @@ class Networks(nn.Module):
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """What is trained in one role."""
+        if role == DISCRIMINATOR:
+            return [] if self.discriminator is None else list(self.discriminator.parameters())
         return self.denoiser.parameters(role) + self.codec.parameters(role)
 
-    def forward(self, role: str, inputs: Tensor, sigma: Tensor | None = None, *, prompt: Prompt) -> Tensor:
-        """The student's latents for pictures in -1..1; any other role's velocity for latents at levels sigma.
+    def trained(self) -> dict[str, Tensor]:
+        """What a run changes, by name: what is trained in any role, and what the discriminator's norms remember."""
+        found: dict[str, Tensor] = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        if self.discriminator is not None:
+            found |= {f"{DISCRIMINATOR}.{name}": buffer for name, buffer in self.discriminator.named_buffers()}
+        return found
 
-        Called, and followed by its backward pass, within `role(role)`.
+    def stepped(self, role: str) -> None:
+        """A role's weights have moved: what depends on them follows."""
+        if role == DISCRIMINATOR and self.discriminator is not None:
+            self.discriminator.renew_norms()
+
+    def forward(
+        self,
+        role: str,
+        inputs: Tensor,
+        sigma: Tensor | None = None,
+        *,
+        prompt: Prompt | None = None,
+        decode: bool = False,
+    ) -> Any:
+        """What a role computes; called, and followed by its backward pass, within `role(role)`.
+
+        Args:
+            role: the student, the discriminator, or one that predicts velocities.
+            inputs: pictures (B, 3, H, W) in -1..1 for the former two, latents (B, C, h, w) for the latter.
+            sigma: levels (B,) of the latents.
+            prompt: what student and velocities are conditioned on.
+            decode: whether the student's pictures are wanted.
+
+        Returns:
+            The student's latents, and its pictures or None; the discriminator's logits; a velocity.
         """
+        if role == DISCRIMINATOR:
+            assert self.discriminator is not None
+            return self.discriminator(inputs)
+        assert prompt is not None
         with self.role(role) as (denoiser, vae):
-            if sigma is None:
-                return self.family.one_step(denoiser, self._encode(vae, inputs), prompt)
-            return self.family.velocity(denoiser, prompt)(inputs, sigma)
+            if sigma is not None:
+                return self.family.velocity(denoiser, prompt)(inputs, sigma)
+            latents = self.family.one_step(denoiser, self._encode(vae, inputs), prompt)
+            return latents, self.decode(latents) if decode else None
+
+    def judge(self, pictures: Tensor) -> list[Tensor]:
+        """The discriminator's maps of pictures (B, 3, H, W), logits last, past DDP: its weights get no gradient."""
+        assert self.discriminator is not None
+        return self.discriminator.judge(pictures)
 
     def memory(self) -> str:
         """One sentence on what the shared base saves."""
@@ -142,16 +209,16 @@ class Networks(nn.Module):
             return self._encode(vae, pictures).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), about -1..1, float32; with gradient to the latents."""
-        latents = (latents / self.scaling + self.shift).to(_dtype(self.vae))
+        """Pictures (B, 3, H, W), about -1..1, float32; with gradient to latents and, if trained, decoder."""
+        latents = (latents / self.scaling + self.shift).to(_dtype(self.vae.decoder))
         return self.vae.decode(latents, return_dict=False)[0].float()
 
     def _encode(self, vae: Any, pictures: Tensor) -> Tensor:
-        encoded = vae.encode(pictures.to(_dtype(vae)))
+        encoded = vae.encode(pictures.to(_dtype(vae.encoder)))
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return (latents - self.shift) * self.scaling
 
 
-def _dtype(vae: Any) -> torch.dtype:
-    """Of the weights that take pictures and latents in; adapters may have another."""
-    return next(vae.decoder.parameters()).dtype
+def _dtype(part: nn.Module) -> torch.dtype:
+    """Of the weights that take pictures or latents in; adapters may have another."""
+    return next(part.parameters()).dtype

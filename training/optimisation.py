@@ -1,4 +1,4 @@
-"""What moves the weights: an optimiser and a schedule for student and fake score each, and the student's average."""
+"""What moves the weights: an optimiser and a schedule for each role that is trained, and the student's average."""
 
 import math
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from .config import ConfigError, DistillConfig
-from .networks import FAKE_SCORE, STUDENT, Networks
+from .config import ConfigError, DistillConfig, Phase
+from .networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, Networks
 
 
 class NotFiniteError(RuntimeError):
@@ -50,38 +50,42 @@ class Optimisation:
     model: Any
 
     def __init__(self, config: DistillConfig, networks: Networks, accelerator: Accelerator):
-        self._config, self._accelerator = config, accelerator
-        self._weights = {role: networks.parameters_of(role) for role in (STUDENT, FAKE_SCORE)}
-        rates = {STUDENT: config.learning_rate, FAKE_SCORE: config.fake_score_learning_rate}
-        optimizers = [
-            torch.optim.AdamW(
+        self._config, self._networks, self._accelerator = config, networks, accelerator
+        rates = {
+            STUDENT: config.learning_rate,
+            FAKE_SCORE: config.fake_score_learning_rate,
+            DISCRIMINATOR: config.discriminator_learning_rate,
+        }
+        self._weights = {role: weights for role in rates if (weights := networks.parameters_of(role))}
+        optimizers = {
+            role: torch.optim.AdamW(
                 weights,
                 lr=rates[role],
-                betas=(config.adam_beta1, config.adam_beta2),
+                betas=(config.discriminator_beta1 if role == DISCRIMINATOR else config.adam_beta1, config.adam_beta2),
                 eps=config.adam_epsilon,
                 weight_decay=config.adam_weight_decay,
             )
             for role, weights in self._weights.items()
-        ]
-        self._schedules = {
-            STUDENT: self._schedule(optimizers[0], 1),
-            FAKE_SCORE: self._schedule(optimizers[1], config.fake_score_updates),
         }
-        self.model, *prepared = accelerator.prepare(networks, *optimizers)
-        self._optimizers = dict(zip(self._weights, prepared, strict=True))
+        self._schedules = {role: self._schedule(role, optimizer) for role, optimizer in optimizers.items()}
+        self.model, *prepared = accelerator.prepare(networks, *optimizers.values())
+        self._optimizers = dict(zip(optimizers, prepared, strict=True))
         self._average = Average(self._weights[STUDENT], decay=config.ema_decay) if config.ema_decay else None
         accelerator.register_for_checkpointing(*self._schedules.values())
         if self._average is not None:
             accelerator.register_for_checkpointing(self._average)
 
-    def _schedule(self, optimizer: torch.optim.Optimizer, updates: int) -> Any:
+    def _schedule(self, role: str, optimizer: torch.optim.Optimizer) -> Any:
+        """In steps of the student; the discriminator's over those in which there is one."""
         config = self._config
+        updates = config.fake_score_updates if role == FAKE_SCORE else 1
+        steps = config.steps_using(*Phase.ADVERSARIAL) if role == DISCRIMINATOR else config.max_train_steps
         try:
             return get_scheduler(
                 config.lr_scheduler,
                 optimizer,
                 num_warmup_steps=config.lr_warmup_steps * updates,
-                num_training_steps=config.max_train_steps * updates,
+                num_training_steps=steps * updates,
                 num_cycles=config.lr_num_cycles,
             )
         except (AttributeError, ValueError) as error:  # piecewise_constant misses its rules as an attribute
@@ -99,6 +103,7 @@ class Optimisation:
         self._optimizers[role].step()
         self._schedules[role].step()
         self._optimizers[role].zero_grad()
+        self._networks.stepped(role)
         if role == STUDENT and self._average is not None:
             self._average.step(self._weights[STUDENT])
 

@@ -5,6 +5,8 @@ For recipes that have no published base to begin with; `pretrain` in a recipe ho
 
 import json
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .checkpointing import Checkpoints
 from .config import ConfigError, DistillConfig, reason, typed_as
 from .data import BatchSettings
+from .discriminators import Discriminator, PatchDiscriminator
 from .draws import PRETRAINING, draws
 from .embedded import start_as_interpolation
 from .inputs import Photographs, read_batches
-from .objectives import add_noise, gradient_l1, pixel_l1
+from .losses import adversarial_terms, discriminator_terms
+from .objectives import add_noise, frequency_l1, gradient_l1, pixel_l1
 from .optimisation import Average
 
 logger = logging.getLogger("tsdsr.training")
@@ -46,12 +50,24 @@ class Stage:
 
 
 @dataclass
+class AutoencoderStage(Stage):
+    """The first stage: weights of terms beside the absolute error of pixels, and when a discriminator joins in.
+
+    The discriminator is made as the run's settings for its own say (discriminator_width, adversarial_loss, ...).
+    """
+
+    frequency_l1: float = 0.0
+    adversarial: float = 0.0
+    adversarial_from: float = 0.5  # share of the steps that come before it
+
+
+@dataclass
 class PretrainConfig:
     """The section `pretrain` of a recipe."""
 
     vae: dict[str, Any]  # arguments of AutoencoderTiny
     transformer: dict[str, Any]  # arguments of SD3Transformer2DModel
-    autoencoder: Stage
+    autoencoder: AutoencoderStage
     teacher: Stage
     prompt_tokens: int = 4
     gradient_l1: float = 0.5  # weight beside the absolute error of pixels, autoencoder
@@ -61,7 +77,8 @@ class PretrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
         """Raises a `ConfigError` for settings that are missing, do not exist, or cannot be used."""
-        stages = {name: _section(Stage, values.get(name), f"{name}.") for name in ("autoencoder", "teacher")}
+        kinds = {"autoencoder": AutoencoderStage, "teacher": Stage}
+        stages = {name: _section(kind, values.get(name), f"{name}.") for name, kind in kinds.items()}
         settings = _section(cls, {**values, **stages}, "")
         for place, found, names in (
             ("", settings, ("prompt_tokens", "checkpointing_steps")),
@@ -70,6 +87,11 @@ class PretrainConfig:
             for name in names:
                 if getattr(found, name) < 1:
                     raise ConfigError(f"pretrain.{place}{name} must be at least 1, not {getattr(found, name)}.")
+        for name in ("frequency_l1", "adversarial", "adversarial_from"):
+            value = getattr(settings.autoencoder, name)
+            if value < 0 or (name == "adversarial_from" and value > 1):
+                allowed = "from 0 to 1" if name == "adversarial_from" else "at least 0"
+                raise ConfigError(f"pretrain.autoencoder.{name} must be {allowed}, not {value}.")
         return settings
 
 
@@ -99,10 +121,10 @@ class RoundTrip(nn.Module):
         return self.vae.decode(self.vae.encode(pictures).latents).sample
 
 
-def autoencoder_loss(round_trip: nn.Module, hq: Tensor, weight: float) -> Tensor:
-    """Absolute error of pixels and of their differences, HQ pictures (B, 3, H, W) in -1..1."""
-    output = round_trip(hq)
-    return pixel_l1(output, hq) + weight * gradient_l1(output, hq)
+def autoencoder_loss(output: Tensor, hq: Tensor, gradient_weight: float, frequency_weight: float = 0.0) -> Tensor:
+    """Absolute error of pixels, of their differences and of their spectra; pictures (B, 3, H, W) in -1..1."""
+    loss = pixel_l1(output, hq) + gradient_weight * gradient_l1(output, hq)
+    return loss + frequency_weight * frequency_l1(output, hq) if frequency_weight else loss
 
 
 def flow_matching_loss(
@@ -169,18 +191,28 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
         torch.randn(1, settings.prompt_tokens, widths[0]), torch.randn(1, widths[1])
     ).requires_grad_(False)
 
-    def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Tensor:
-        return autoencoder_loss(model, hq, settings.gradient_l1)
+    def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        output = model(hq)
+        return autoencoder_loss(output, hq, settings.gradient_l1, settings.autoencoder.frequency_l1), output
 
-    train_stage("autoencoder", settings.autoencoder, settings, config, photographs, RoundTrip(vae), reconstruct)
+    discriminator = None
+    if settings.autoencoder.adversarial:
+        config.check_judged(settings.autoencoder.resolution)
+        discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers).eval()
+    autoencoder = RoundTrip(vae)
+    train_stage(
+        "autoencoder", settings.autoencoder, settings, config, photographs, autoencoder, reconstruct, discriminator
+    )
     vae.requires_grad_(False).eval()
     measure_latents(vae, config, photographs, settings.teacher.resolution)
 
-    def match(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Tensor:
+    def match(model: nn.Module, hq: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
         device_prompt = (prompt.prompt_embeds.to(hq.device), prompt.pooled_prompt_embeds.to(hq.device))
         with torch.no_grad():
-            latents = (vae.to(hq.device).encode(hq).latents - vae.config.shift_factor) * vae.config.scaling_factor
-        return flow_matching_loss(model, device_prompt, latents, generator)
+            latents = (
+                vae.to(hq.device).encode(hq).latents.float() - vae.config.shift_factor
+            ) * vae.config.scaling_factor
+        return flow_matching_loss(model, device_prompt, latents, generator), None
 
     train_stage("teacher", settings.teacher, settings, config, photographs, transformer, match)
     if Accelerator().is_main_process:
@@ -236,15 +268,25 @@ def train_stage(
     config: DistillConfig,
     photographs: Photographs,
     model: nn.Module,
-    loss_of: Any,
+    loss_of: Callable[[nn.Module, Tensor, torch.Generator], tuple[Tensor, Tensor | None]],
+    discriminator: Discriminator | None = None,
 ) -> None:
-    """Minimise `loss_of(model, hq, generator)`; afterwards the model, unwrapped, holds the averaged weights."""
-    accelerator = Accelerator()
+    """Minimise the loss of `loss_of(model, hq, generator)`; afterwards the unwrapped model holds the averaged weights.
+
+    A discriminator (in eval mode) joins in after a share of the steps, `stage.adversarial_from`, and judges what
+    pictures `loss_of` gives beside the loss.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=stage.warmup_steps, num_training_steps=stage.steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     ema = Average(model.parameters(), decay=stage.ema_decay)
     accelerator.register_for_checkpointing(schedule, ema)
+    begin, adversary = stage.steps, None
+    if discriminator is not None:
+        assert isinstance(stage, AutoencoderStage)
+        begin = math.ceil(stage.adversarial_from * stage.steps)
+        adversary = Adversary(config, discriminator, stage.adversarial, accelerator)
     checkpoints = Checkpoints(accelerator, Path(config.output_dir) / "checkpoints" / name, total_limit=1)
     progress = (checkpoints.resume() if config.resume_from_checkpoint else None) or {"step": 0}
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -260,16 +302,58 @@ def train_stage(
     bar = tqdm(total=stage.steps, initial=progress["step"], desc=name, disable=not accelerator.is_local_main_process)
     for step, batch in enumerate(batches, start=progress["step"] + 1):
         hq = batch["hq"].to(accelerator.device) * 2 - 1
-        loss = loss_of(wrapped, hq, draws(config.seed, PRETRAINING, batch["index"]))
+        against = adversary if step > begin else None
+        with accelerator.autocast():
+            loss, output = loss_of(wrapped, hq, draws(config.seed, PRETRAINING, batch["index"]))
+            if against is not None:
+                loss = loss + against.loss(output, hq)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         ema.step(model.parameters())
+        if against is not None:
+            against.step(output, hq)
         bar.update()
         bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
         if step % settings.checkpointing_steps == 0 or step == stage.steps:
             checkpoints.save(step)
     bar.close()
     ema.copy_to(model.parameters())
+
+
+class Adversary:
+    """A discriminator, what moves it, and what it says of pictures (B, 3, H, W) in -1..1.
+
+    Args:
+        config: discriminator_learning_rate, discriminator_beta1, adversarial_loss and r1_weight are read from it.
+        discriminator: in eval mode.
+        weight: of the loss for those who are judged.
+        accelerator: prepares it; its checkpoints hold it.
+    """
+
+    def __init__(self, config: DistillConfig, discriminator: Discriminator, weight: float, accelerator: Accelerator):
+        self._config, self._discriminator, self._weight, self._accelerator = config, discriminator, weight, accelerator
+        optimizer = torch.optim.AdamW(
+            discriminator.parameters(),
+            lr=config.discriminator_learning_rate,
+            betas=(config.discriminator_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+        )
+        self._wrapped, self._optimizer = accelerator.prepare(discriminator, optimizer)
+
+    def loss(self, output: Tensor, hq: Tensor) -> Tensor:
+        """Weighted, with gradient to `output` alone."""
+        terms = adversarial_terms(self._config, {"adversarial": 1.0}, self._discriminator.judge, output, hq)
+        return self._weight * terms["adversarial"]
+
+    def step(self, output: Tensor, hq: Tensor) -> None:
+        """The discriminator learns from the same pictures."""
+        terms = discriminator_terms(self._config, self._wrapped, output, hq)
+        weights = {"discriminator": 1.0, "r1": self._config.r1_weight}
+        self._accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
+        self._accelerator.clip_grad_norm_(self._discriminator.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._discriminator.renew_norms()

@@ -104,6 +104,17 @@ def test_weights_go_in_a_straight_line():
     assert phase.weights(0.25) == {"tsd": 1.5, "pixel_l1": 0.5, "lpips": 1.5}
     assert phase.weights(1.0) == {"tsd": 3.0, "pixel_l1": 2.0, "lpips": 0.0}
     assert phase.uses("lpips") and not phase.uses("latent_mse")
+    assert phase.uses(*Phase.PICTURES) and not phase.uses(*Phase.ADVERSARIAL)
+    phase = Phase(adversarial=[0.0, 0.1])
+    assert phase.weights(0.5)["adversarial"] == 0.05 and phase.uses(*Phase.ADVERSARIAL)
+
+
+def test_steps_in_which_a_term_counts():
+    phases = [Phase(name="a", steps=3), Phase(name="b", steps=2, adversarial=[0.1]), Phase(name="c", steps=4)]
+    phases[2].feature_matching = [0.0, 1.0]
+    config = DistillConfig(pretrained_model_name_or_path="base", train_data_dir="x", phases=phases)
+    assert config.steps_using("adversarial") == 2 and config.steps_using(*Phase.ADVERSARIAL) == 6
+    assert config.steps_using("tsd") == 9 and config.steps_using("lpips") == 0
 
 
 def test_the_settings_as_a_recipe_are_the_same_settings(recipe, tmp_path):
@@ -128,6 +139,8 @@ def test_a_pretrained_base_is_said_as_well(recipe):
     [
         (["--train_type", "half"], "train_type must be one of lora, full, not 'half'."),
         (["--vae_encoder", "no"], "vae_encoder must be one of lora, full, frozen, not 'no'."),
+        (["--vae_decoder", "lora"], "vae_decoder must be one of full, frozen, not 'lora'."),
+        (["--adversarial_loss", "wgan"], "adversarial_loss must be one of hinge, relativistic, not 'wgan'."),
         (["--degrade_on", "disk"], "degrade_on must be one of worker, device, not 'disk'."),
         (["--output", "all"], "output must be one of lora, merged, both, not 'all'."),
         (["--mixed_precision", "fp8"], "mixed_precision must be one of no, fp16, bf16, not 'fp8'."),
@@ -137,6 +150,7 @@ def test_a_pretrained_base_is_said_as_well(recipe):
                 *("rank", "fake_score_rank", "vae_rank", "resolution", "scale", "train_batch_size", "lr_num_cycles"),
                 *("gradient_accumulation_steps", "fake_score_updates", "checkpointing_steps", "logging_steps"),
                 *("checkpoints_total_limit", "dasm_steps", "dasm_spacing"),
+                *("discriminator_width", "discriminator_layers"),
             )
         ),
         *(
@@ -145,16 +159,27 @@ def test_a_pretrained_base_is_said_as_well(recipe):
                 *("dataloader_num_workers", "validation_photographs", "max_validation_images", "seed"),
                 *("max_train_steps", "learning_rate", "fake_score_learning_rate", "lr_warmup_steps", "adam_epsilon"),
                 *("adam_weight_decay", "validation_steps", "mild_degradation"),
+                *("discriminator_learning_rate", "r1_weight"),
             )
         ),
         (["--validation_size", "8"], "validation_size must be at least 16, not 8."),
         (["--ema_decay", "1"], "ema_decay must be from 0 to below 1, not 1.0."),
         (["--adam_beta2", "1"], "adam_beta2 must be from 0 to below 1, not 1.0."),
+        (["--discriminator_beta1", "1"], "discriminator_beta1 must be from 0 to below 1, not 1.0."),
         (["--max_grad_norm", "0"], "max_grad_norm must be above 0, not 0.0."),
         (["--mild_degradation", "1.5"], "mild_degradation must be from 0 to 1, not 1.5."),
         (["--learning_rate", "nan"], "learning_rate cannot be nan; it is a number."),
         (["--resolution", "30"], "resolution (30) must be a multiple of scale (4)."),
         (["--train_type", "full", "--output", "lora"], "train_type full has no LoRA to write: use output merged."),
+        (
+            ["--vae_decoder", "full", "--pixel_l1", "1", "--output", "lora"],
+            "vae_decoder full trains weights that a LoRA cannot hold: use output merged.",
+        ),
+        (["--vae_decoder", "full"], "vae_decoder full needs a term that looks at pictures: give one of pixel_l1, "),
+        (
+            ["--adversarial", "1", "--discriminator_layers", "6", "--resolution", "32"],
+            "A discriminator with 6 strided layers (discriminator_layers) needs crops of at least 64 pixels, not 32.",
+        ),
         (["--dataset_name", "x"], "exactly one of train_data_dir, dataset_name and data_files, not by train_data_dir"),
         (["--validation_lq_dir", "x"], "validation_lq_dir holds partners of those in validation_dir"),
         (["--prompt", "x", "--prompt_embeds", "y"], "as text (prompt) or as embeddings (prompt_embeds), not as both."),
@@ -240,6 +265,7 @@ def test_a_base_and_one_that_is_trained(recipe):
 
 def test_all_weights_have_no_lora():
     assert parse([*ENOUGH, "--train_type", "full"]).output == "merged"
+    assert parse([*ENOUGH, "--vae_decoder", "full", "--pixel_l1", "1"]).output == "merged"
 
 
 def test_the_reason_of_an_error():

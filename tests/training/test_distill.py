@@ -1,5 +1,6 @@
 """The trainer: it learns, it can be stopped at any moment, and what it writes is what it measured."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +25,8 @@ from tsdsr.training.distill import TrainingError, distill
 from tsdsr.training.families import RectifiedFlow
 from tsdsr.training.inputs import open_photographs, read_batches
 from tsdsr.training.losses import Reconstruction
-from tsdsr.training.networks import STUDENT, Networks
+from tsdsr.training.networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, Networks
+from tsdsr.training.optimisation import Optimisation
 from tsdsr.training.validation import bicubic
 
 
@@ -332,6 +334,162 @@ def test_unet_students(make_pipeline, config, tmp_path, prediction):
     assert base.get_list_adapters().keys() == {"unet", "vae"}
 
 
+# --- a discriminator, and a decoder that is trained
+
+AGAINST = {
+    "pixel_l1": 1,
+    "adversarial": [0.0, 0.1],
+    "feature_matching": 0.1,
+    "r1_weight": 0.1,
+    "vae_decoder": "full",
+    "discriminator_width": 4,
+    "discriminator_layers": 2,
+    "discriminator_learning_rate": 1e-3,
+}
+
+
+def moved(output_dir, before, after):
+    before, after = trained(output_dir, before), trained(output_dir, after)
+    return {name for name in after if not torch.equal(before[name], after[name])}, after.keys()
+
+
+def test_the_discriminator_and_the_decoder_are_trained(whole, config, tmp_path):
+    distill(config(tmp_path, **AGAINST))
+    names, all_names = moved(tmp_path, 2, 4)
+    assert {name for name in all_names if name.startswith(("discriminator.", "vae.decoder."))} <= names
+    assert any(name.startswith("discriminator.") for name in names)
+    assert any(name.startswith("vae.decoder.") for name in names)
+    assert not any("discriminator" in name or "decoder" in name for name in trained(whole[0], 4))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "phase" in line]
+    assert all({"adversarial", "feature_matching", "discriminator", "r1"} <= line.keys() for line in steps)
+    assert steps[-1]["lr_discriminator"] == 1e-3
+
+
+def test_discriminator_and_decoder_are_resumed(config, tmp_path, read_losses):
+    """Its weights, what its norms remember, its optimiser and schedule; accumulation; an average over the decoder."""
+    more = {**AGAINST, "ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "checkpointing_steps": 1}
+    more |= {"gradient_accumulation_steps": 2, "logging_steps": 3, "adversarial_loss": "relativistic"}
+    distill(config(tmp_path / "whole", **more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for path in ("checkpoints/checkpoint-3", "checkpoints/checkpoint-4", "pipeline"):
+        shutil.rmtree(tmp_path / "again" / path)
+    distill(config(tmp_path / "again", **more, resume_from_checkpoint="latest"))
+    assert read_losses(tmp_path / "again") == read_losses(tmp_path / "whole")
+    assert_equal(trained(tmp_path / "again", 4), trained(tmp_path / "whole", 4), **EXACTLY)
+    file = "pipeline/vae/diffusion_pytorch_model.safetensors"
+    assert_equal(load_file(tmp_path / "again" / file), load_file(tmp_path / "whole" / file), **EXACTLY)
+
+
+@pytest.mark.parametrize(
+    ("vae", "encoder", "more"),
+    [
+        ("kl", "lora", {}),
+        ("kl", "full", {"train_type": "full"}),
+        ("kl", "frozen", {"gradient_checkpointing": True}),
+        ("tiny", "full", {"mixed_precision": "bf16"}),
+        ("tiny", "frozen", {"ema_decay": 0.5}),
+    ],
+)
+def test_a_trained_decoder_is_what_is_measured_and_written(make_pipeline, config, tmp_path, vae, encoder, more):
+    make_pipeline(vae).save_pretrained(tmp_path / "base")
+    settings = {"pretrained_model_name_or_path": tmp_path / "base", "vae_encoder": encoder, "max_train_steps": 2}
+    distill(config(tmp_path / "run", **settings, **AGAINST, **more))
+    names = {name for name in trained(tmp_path / "run", 2) if "vae." in name}
+    assert any(".decoder." in name for name in names)
+    assert any(".encoder." in name for name in names) == (encoder != "frozen")
+    half = more.get("mixed_precision") == "bf16"
+    assert all(tensor.dtype == torch.float32 for tensor in trained(tmp_path / "run", 2).values())
+
+    base = TSDSRPipeline.from_pretrained(tmp_path / "base", local_files_only=True)
+    ours = TSDSRPipeline.from_pretrained(tmp_path / "run" / "pipeline", local_files_only=True)
+    for part, same in (("encoder", encoder == "frozen"), ("decoder", False)):
+        after = dict(getattr(ours.vae, part).named_parameters())
+        pairs = [(weight, after[name]) for name, weight in getattr(base.vae, part).named_parameters()]
+        assert all(torch.equal(weight.to(other.dtype), other) for weight, other in pairs) == same
+    written = load_file(tmp_path / "run" / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16 if half else torch.float32}
+    if not half:
+        final = tmp_path / "run" / "validation" / "final"
+        lq, expected = (read(final / f"p_0000_00{suffix}.png").rgb for suffix in ("_lq", ""))
+        for pipeline, least in ((ours, 0), (base, 2)):
+            pipeline.set_progress_bar_config(disable=True)
+            result = pipeline(lq, process_size=0, color_fix="none", output_type="np").images[0]
+            difference = np.abs(result - expected).max() * 255
+            assert difference <= 0.51 if least == 0 else difference > least
+    assert not (tmp_path / "run" / "lora").exists()
+    assert "VAE decoder: full" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+
+
+def test_there_is_a_discriminator_only_where_a_phase_has_one(config, tmp_path):
+    """It stays as it was in the other phases, and its schedule counts its own steps alone."""
+    settings = config(tmp_path, **AGAINST, lr_scheduler="linear", checkpointing_steps=1, tsd=0)
+    phase = settings.phases[0]
+    plain = dataclasses.replace(phase, name="plain", steps=2, adversarial=[0.0], feature_matching=[0.0])
+    phases = [plain, dataclasses.replace(phase, name="against", steps=2)]
+    distill(dataclasses.replace(settings, phases=phases))
+    names, _ = moved(tmp_path, 1, 2)
+    assert names and not any(name.startswith("discriminator.") for name in names)
+    names, _ = moved(tmp_path, 2, 3)
+    assert any(name.startswith("discriminator.") for name in names)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "phase" in line]
+    assert ["discriminator" in line for line in steps] == [False, False, True, True]
+    assert [line["lr_discriminator"] for line in steps] == pytest.approx([1e-3, 1e-3, 5e-4, 0])
+
+
+def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
+    """The pictures that the student was judged by, once more without gradient; and only its own update moves it."""
+    judged, learned, states = [], [], []
+    real = {name: getattr(module, name) for name in ("adversarial_terms", "discriminator_terms")}
+    real_step = Optimisation.step
+
+    def adversarial_terms(settings, weights, judge, output, hq):
+        judged.append((output.detach(), hq, weights["adversarial"]))
+        return real["adversarial_terms"](settings, weights, judge, output, hq)
+
+    def discriminator_terms(settings, judge, output, hq):
+        assert not output.requires_grad
+        learned.append((output, hq))
+        return real["discriminator_terms"](settings, judge, output, hq)
+
+    def step(self, role):
+        weights = self._networks.parameters_of(DISCRIMINATOR)
+        states.append((role, any(weight.grad is not None for weight in weights), weights[0].detach().clone()))
+        return real_step(self, role)
+
+    monkeypatch.setattr(module, "adversarial_terms", adversarial_terms)
+    monkeypatch.setattr(module, "discriminator_terms", discriminator_terms)
+    monkeypatch.setattr(Optimisation, "step", step)
+    more = {"gradient_accumulation_steps": 2, "max_train_steps": 2, "validation_photographs": 0, "output": "merged"}
+    distill(config(tmp_path, **AGAINST, **more))
+    assert len(judged) == len(learned) == 4
+    for (output, hq, _), (again, photographs) in zip(judged, learned, strict=True):
+        assert torch.equal(output, again) and torch.equal(hq, photographs) and output.shape == hq.shape
+        assert hq.min() < -0.5 and hq.max() > 0.5
+    assert [weight for _, _, weight in judged] == pytest.approx([0, 0, 0.1, 0.1])
+    roles = [STUDENT, FAKE_SCORE, DISCRIMINATOR]
+    assert [(role, wanted) for role, wanted, _ in states] == [(role, role == DISCRIMINATOR) for role in roles] * 2
+    weights = [weight for _, _, weight in states]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
+
+
+def test_accumulation_after_pretraining(config, tmp_path, monkeypatch):
+    """A base that is trained here has its own accelerator: the loss is still a mean over micro-batches."""
+    seen, real = [], Accelerator.backward
+
+    def backward(self, loss):
+        seen.append(self.gradient_accumulation_steps)
+        return real(self, loss)
+
+    settings = config(tmp_path, gradient_accumulation_steps=2, max_train_steps=1)
+    base, settings.pretrained_model_name_or_path = settings.pretrained_model_name_or_path, None
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    monkeypatch.setattr(module, "pretrain", lambda *_: Accelerator() and base)
+    distill(settings)
+    assert set(seen) == {2}
+
+
 # --- what the settings do
 
 
@@ -388,8 +546,8 @@ def test_what_a_step_puts_where(config, tmp_path, monkeypatch, base_folder):
             pictures.append(inputs)
         return real_forward(self, role, inputs, *arguments, **more)
 
-    def losses(self, weights, latents, hq_latents, decode, hq):
-        found = real_losses(self, weights, latents, hq_latents, decode, hq)
+    def losses(self, weights, latents, hq_latents, output, hq):
+        found = real_losses(self, weights, latents, hq_latents, output, hq)
         reconstructed.append((hq, weights, found["latent_mse"].detach()))
         return found
 

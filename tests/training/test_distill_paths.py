@@ -231,9 +231,9 @@ def test_captions_and_the_empty_prompt_come_from_the_shards(sd3, shards, config,
         guided.append((prompt, null, scale))
         return real_guided(family, network, prompt, null, scale)
 
-    def forward(self, role, *arguments, prompt):
+    def forward(self, role, *arguments, prompt, **more):
         forwarded.append((role, prompt))
-        return real_forward(self, role, *arguments, prompt=prompt)
+        return real_forward(self, role, *arguments, prompt=prompt, **more)
 
     monkeypatch.setattr(module, "read_batches", read_batches)
     monkeypatch.setattr(module, "guided_velocity", guided_velocity)

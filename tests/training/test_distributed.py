@@ -28,8 +28,17 @@ def launch(arguments, processes):
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+AGAINST = {"vae_decoder": "full", "pixel_l1": 1, "adversarial": 0.1, "feature_matching": 0.1, "r1_weight": 0.1}
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"train_type": "full", "vae_encoder": "full", "fake_score_updates": 2}], ids=["lora", "full"]
+    "more",
+    [
+        {},
+        {"train_type": "full", "vae_encoder": "full", "fake_score_updates": 2},
+        {**AGAINST, "discriminator_width": 4, "discriminator_layers": 2},
+    ],
+    ids=["lora", "full", "adversarial"],
 )
 def test_two_processes_equal_one_with_accumulation(arguments, tmp_path, more):
     steps = {"max_train_steps": 10, "checkpointing_steps": 5, "output": "merged", **more}

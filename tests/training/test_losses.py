@@ -1,5 +1,6 @@
 """The student's losses: which are made, what they weigh, and which way they point."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tsdsr.training.config import ConfigError, DistillConfig, Phase
-from tsdsr.training.losses import PIXEL_TERMS, Reconstruction, distillation, fake_score_term, lpips
+from tsdsr.training.discriminators import PatchDiscriminator
+from tsdsr.training.losses import (
+    PIXEL_TERMS,
+    Reconstruction,
+    adversarial_terms,
+    discriminator_terms,
+    distillation,
+    fake_score_term,
+    lpips,
+)
 from tsdsr.training.objectives import (
     EncoderFeatureDistance,
     dasm_trajectory,
@@ -54,8 +64,8 @@ def double(latents):
 def test_terms_are_those_that_are_asked_for(vae, inputs):
     latents, hq_latents, hq = inputs
     config, phase = settings(latent_mse=1, pixel_l1=1, gradient_l1=1, frequency_l1=1, encoder_features=1)
-    terms = Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, double, hq)
     output = double(latents)
+    terms = Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, output, hq)
     expected = {
         "latent_mse": latent_mse(latents, hq_latents),
         "pixel_l1": pixel_l1(output, hq),
@@ -76,24 +86,14 @@ def test_networks_of_terms_are_made_only_where_they_count(vae, monkeypatch):
     monkeypatch.setattr("tsdsr.training.losses.lpips", lambda device: lambda output, target: (output - target).sum())
     config, phase = settings(lpips=2)
     picture = torch.ones(1, 3, 4, 4)
-    found = Reconstruction(config, vae, CPU)(phase.weights(0), picture, picture, lambda z: 3 * z, picture)
+    found = Reconstruction(config, vae, CPU)(phase.weights(0), picture, picture, 3 * picture, picture)
     assert found.keys() == {"lpips"} and found["lpips"] == 2 * 48
 
 
-def test_pictures_are_decoded_once_and_only_for_terms_that_look_at_them(vae, inputs):
+def test_without_pictures_only_latents_are_compared(vae, inputs):
     latents, hq_latents, hq = inputs
-    decoded = []
-
-    def decode(latents):
-        decoded.append(1)
-        return double(latents)
-
     config, phase = settings(latent_mse=1)
-    Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, decode, hq)
-    assert not decoded
-    config, phase = settings(pixel_l1=1, gradient_l1=1)
-    terms = Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, decode, hq)
-    assert len(decoded) == 1 and terms.keys() == {"pixel_l1", "gradient_l1"}
+    assert Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, None, hq).keys() == {"latent_mse"}
 
 
 @pytest.mark.parametrize("name", ["latent_mse", *(name for name in PIXEL_TERMS if name != "lpips")])
@@ -104,7 +104,7 @@ def test_every_term_moves_the_latents(vae, inputs, name):
     reconstruction = Reconstruction(config, vae, CPU)
 
     def value(at):
-        return reconstruction(phase.weights(0), at, hq_latents, double, hq)[name]
+        return reconstruction(phase.weights(0), at, hq_latents, double(at), hq)[name]
 
     before = value(latents)
     before.backward()
@@ -142,6 +142,90 @@ def test_lpips_sees_pictures_in_0_1(monkeypatch):
     output, target = torch.tensor([-2.0, 2.0]).view(2, 1, 1, 1), torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1)
     assert float(lpips(CPU)(output, target)) == 0.0
     assert made == [("lpips", {"as_loss": True, "device": CPU})]
+
+
+# --- a discriminator
+
+
+@pytest.fixture
+def judged():
+    """A discriminator, a student's picture that wants a gradient, and a photograph."""
+    torch.manual_seed(0)
+    output, hq = (torch.rand(2, 3, 16, 16, generator=generator(seed)) * 2 - 1 for seed in (1, 2))
+    return PatchDiscriminator(width=4, layers=2).eval(), output.requires_grad_(True), hq
+
+
+def judging(**more):
+    config, phase = settings(adversarial=1, feature_matching=1)
+    return dataclasses.replace(config, **more), phase.weights(0)
+
+
+def test_nothing_is_judged_without_its_terms(judged):
+    _, output, hq = judged
+    config, weights = judging()
+    refuse = pytest.fail
+    assert adversarial_terms(config, {"pixel_l1": 1.0}, refuse, output, hq) == {}
+    assert adversarial_terms(config, weights, refuse, None, hq) == {}
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_the_student_is_told_what_would_fool_the_discriminator(judged, loss):
+    """A step against each term's gradient: higher logits, and features closer to the photograph's."""
+    discriminator, output, hq = judged
+    config, weights = judging(adversarial_loss=loss)
+    terms = adversarial_terms(config, weights, discriminator.judge, output, hq)
+    assert terms.keys() == {"adversarial", "feature_matching"}
+    *maps, before = discriminator.features(output)
+    *wanted, real = discriminator.features(hq)
+    expected = -before.mean() if loss == "hinge" else (1 + (real - before).exp()).log().mean()
+    torch.testing.assert_close(terms["adversarial"], expected)
+    distance = [(ours - theirs).abs().mean() for ours, theirs in zip(maps, wanted, strict=True)]
+    torch.testing.assert_close(terms["feature_matching"], sum(distance) / len(distance))
+    (gradient,) = torch.autograd.grad(terms["adversarial"], output, retain_graph=True)
+    assert discriminator(output - 0.1 * gradient / gradient.norm()).mean() > before.mean()
+    terms["feature_matching"].backward()
+    moved = (output - 0.1 * output.grad / output.grad.norm()).detach()
+    assert adversarial_terms(config, weights, discriminator.judge, moved, hq)["feature_matching"] < sum(distance) / 4
+    assert all(weight.grad is None and weight.requires_grad for weight in discriminator.parameters())
+    only = adversarial_terms(config, {"adversarial": 1.0}, discriminator.judge, output, hq)
+    assert only.keys() == {"adversarial"}
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_the_discriminator_learns_to_tell_them_apart(judged, loss):
+    discriminator, output, hq = judged
+    config, _ = judging(adversarial_loss=loss)
+    calls = []
+
+    def judge(pictures):
+        calls.append(pictures)
+        return discriminator(pictures)
+
+    terms = discriminator_terms(config, judge, output, hq)
+    assert terms.keys() == {"discriminator"} and len(calls) == 1, "DDP sees one forward pass"
+    real, fake = discriminator(hq), discriminator(output)
+    expected = (1 - real).relu().mean() + (1 + fake).relu().mean()
+    if loss == "relativistic":
+        expected = (1 + (fake - real).exp()).log().mean()
+    torch.testing.assert_close(terms["discriminator"], expected)
+    terms["discriminator"].backward()
+    assert output.grad is None
+    with torch.no_grad():
+        for weight in discriminator.parameters():
+            weight -= 1e-2 * weight.grad
+        assert (discriminator(hq) - discriminator(output)).mean() > (real - fake).mean()
+
+
+def test_r1_is_the_gradient_at_photographs(judged):
+    """Half the squared gradient of the logits' sum over their number: of a linear discriminator by hand."""
+    _, output, hq = judged
+    kernel = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    config, _ = judging(r1_weight=1.0)
+    terms = discriminator_terms(config, lambda x: torch.einsum("bchw,c->bhw", x, kernel)[:, None], output, hq)
+    assert terms["r1"].item() == pytest.approx((1 + 4 + 9) / 2)
+    (gradient,) = torch.autograd.grad(terms["r1"], kernel)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, -2.0, 3.0]))
+    assert not hq.requires_grad
 
 
 # --- score distillation

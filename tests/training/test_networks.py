@@ -6,8 +6,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
 from tsdsr.models import lora_targets
+from tsdsr.training.discriminators import PatchDiscriminator
 from tsdsr.training.families import RectifiedFlow
-from tsdsr.training.networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
+from tsdsr.training.networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 from tsdsr.training.objectives import dasm_trajectory, tsd_gradient, tsd_loss
 
 FAMILY = RectifiedFlow(FlowMatchEulerDiscreteScheduler(shift=3.0))
@@ -152,12 +153,13 @@ def test_latents_are_the_pipelines(networks, inputs):
     mode = pipeline.vae.encode(pictures).latent_dist.mode()
     torch.testing.assert_close(ours.hq_latents(pictures), (mode - 0.06) * 1.5, rtol=1e-5, atol=1e-5)
     with ours.role(STUDENT):
-        student = ours(STUDENT, pictures, prompt=inputs[1])
+        student, nothing = ours(STUDENT, pictures, prompt=inputs[1])
+        again, decoded = ours(STUDENT, pictures, prompt=inputs[1], decode=True)
         assert (ours._encode(ours.vae, pictures) - ours.hq_latents(pictures)).abs().max() > 1e-3
-    assert student.shape == (2, 4, 8, 8)
+    assert student.shape == (2, 4, 8, 8) and nothing is None and torch.equal(student, again)
     with torch.no_grad():
         expected = pipeline.vae.decode(student / 1.5 + 0.06).sample
-    torch.testing.assert_close(ours.decode(student), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_decoder_passes_gradients_and_has_none(networks, inputs):
@@ -166,3 +168,46 @@ def test_the_decoder_passes_gradients_and_has_none(networks, inputs):
     ours.decode(latents).square().sum().backward()
     assert latents.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in ours.vae.decoder.parameters())
+
+
+def test_a_decoder_that_is_trained(make_pipeline, inputs):
+    """It belongs to the student alone, stays trainable in every role, and a pass through `forward` reaches it."""
+    pipeline = make_pipeline("kl")
+    vae = SharedBase(pipeline.vae, {STUDENT: lora(["encoder.conv_in"])}, trained=("decoder",))
+    ours = Networks(FAMILY, SharedBase(pipeline.transformer, {STUDENT: lora(["to_q"])}), vae)
+    decoder = {id(weight) for weight in pipeline.vae.decoder.parameters()}
+    assert decoder < {id(weight) for weight in ours.parameters_of(STUDENT)}
+    assert not decoder & {id(weight) for role in (TEACHER, FAKE_SCORE) for weight in ours.parameters_of(role)}
+    names = {name for name in ours.trained() if "lora" not in name}
+    assert names == {f"vae.decoder.{name}" for name, _ in pipeline.vae.decoder.named_parameters()}
+    for role in (TEACHER, FAKE_SCORE, STUDENT):
+        with ours.role(role):
+            assert all(weight.requires_grad for weight in pipeline.vae.decoder.parameters())
+            assert not any(w.requires_grad for n, w in pipeline.vae.encoder.named_parameters() if "lora" not in n)
+    with ours.role(STUDENT):
+        _, pictures = ours(STUDENT, torch.rand(1, 3, 16, 16), prompt=inputs[1], decode=True)
+        pictures.square().sum().backward()
+    assert all(weight.grad is not None for weight in pipeline.vae.decoder.parameters())
+
+
+def test_the_discriminator_is_a_role_of_its_own(networks, inputs):
+    ours, _ = networks
+    assert ours.parameters_of(DISCRIMINATOR) == [] and not any("discriminator" in name for name in ours.trained())
+    plain = ours.trained().keys()
+    torch.manual_seed(0)
+    ours.discriminator = PatchDiscriminator(width=4, layers=1).eval()
+    weights = ours.parameters_of(DISCRIMINATOR)
+    assert weights and not {id(w) for w in weights} & {id(w) for w in ours.parameters_of(STUDENT)}
+    more = ours.trained().keys() - plain
+    assert {name for name in more if name.endswith(("._u", "._v"))} and all("discriminator." in name for name in more)
+    pictures = torch.rand(2, 3, 16, 16)
+    assert ours(DISCRIMINATOR, pictures).shape == (2, 1, 8, 8)
+    torch.testing.assert_close(ours.judge(pictures)[-1], ours(DISCRIMINATOR, pictures))
+    before = {name: buffer.clone() for name, buffer in ours.discriminator.named_buffers()}
+    with torch.no_grad():
+        for weight in weights:
+            weight += 0.1 * torch.randn_like(weight)
+    ours.stepped(STUDENT)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in ours.discriminator.named_buffers())
+    ours.stepped(DISCRIMINATOR)
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in ours.discriminator.named_buffers())

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from tsdsr.training.base import build_networks, load_base
 from tsdsr.training.config import ConfigError
-from tsdsr.training.networks import FAKE_SCORE, STUDENT
+from tsdsr.training.networks import DISCRIMINATOR, FAKE_SCORE, STUDENT
 from tsdsr.training.optimisation import Average, NotFiniteError, Optimisation, check_finite
 
 
@@ -90,6 +90,25 @@ def test_schedules_are_counted_in_steps_of_the_student(make):
         seen.append(optimisation.rates())
     assert [rates["lr_student"] for rates in seen] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert [rates["lr_fake_score"] for rates in seen] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_the_discriminator_has_an_optimiser_of_its_own(make):
+    """Where there is one: with a rate, a momentum and a schedule that the others do not share."""
+    _, without = make()
+    assert without.rates().keys() == {"lr_student", "lr_fake_score"}
+    more = {"adversarial": 0.1, "discriminator_width": 4, "discriminator_layers": 1, "discriminator_beta1": 0.25}
+    networks, optimisation = make(**more, discriminator_learning_rate=3e-3, lr_scheduler="constant")
+    assert optimisation.rates()["lr_discriminator"] == 3e-3
+    (group,) = optimisation._optimizers[DISCRIMINATOR].param_groups
+    assert group["betas"] == (0.25, 0.999)
+    assert {id(w) for w in group["params"]} == {id(w) for w in networks.discriminator.parameters()}
+    norms = {name: buffer.clone() for name, buffer in networks.discriminator.named_buffers()}
+    other = set_gradients(networks, STUDENT, 1.0)
+    before = [weight.detach().clone() for weight in set_gradients(networks, DISCRIMINATOR, 1.0)]
+    optimisation.step(DISCRIMINATOR)
+    assert all(not torch.equal(was, w) for was, w in zip(before, networks.parameters_of(DISCRIMINATOR), strict=True))
+    assert all(weight.grad is not None for weight in other)
+    assert not any(torch.equal(buffer, norms[name]) for name, buffer in networks.discriminator.named_buffers())
 
 
 @pytest.mark.parametrize("name", ["sometimes", "piecewise_constant"])

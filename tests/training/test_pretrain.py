@@ -42,6 +42,12 @@ SECTION = {
 }
 
 
+# With what only some recipes use.
+SHARP = copy.deepcopy(SECTION)
+SHARP["autoencoder"] |= {"frequency_l1": 0.1, "adversarial": 0.1, "adversarial_from": 0.3}
+JUDGED = {"discriminator_width": 4, "discriminator_layers": 2, "r1_weight": 0.1}
+
+
 @pytest.fixture
 def settings(photographs, tmp_path):
     """A function that parses a recipe with SECTION, some of it changed."""
@@ -96,9 +102,14 @@ def test_both_stages_make_a_base(settings, photographs, use_shift_factor):
     assert abs(float(latents.mean())) < 0.2 or not use_shift_factor
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "teacher"])
-def test_a_stage_that_is_killed_and_resumed_follows_the_unbroken_run(settings, monkeypatch, stage, tmp_path):
-    whole = run(settings("whole"))
+@pytest.mark.parametrize(
+    ("stage", "section", "flags"),
+    [("autoencoder", SECTION, {}), ("teacher", SECTION, {}), ("autoencoder", SHARP, JUDGED)],
+)
+def test_a_stage_that_is_killed_and_resumed_follows_the_unbroken_run(
+    settings, monkeypatch, tmp_path, stage, section, flags
+):
+    whole = run(settings("whole", section, **flags))
     name = {"autoencoder": "autoencoder_loss", "teacher": "flow_matching_loss"}[stage]
     real, calls = getattr(module, name), []
 
@@ -110,12 +121,55 @@ def test_a_stage_that_is_killed_and_resumed_follows_the_unbroken_run(settings, m
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(module, name, dying)
-        run(settings("again"))
+        run(settings("again", section, **flags))
     assert not (tmp_path / "again" / "base").exists()
     left = tmp_path / "again" / "checkpoints" / stage
     assert [path.name for path in left.iterdir()] == ["checkpoint-2"]
-    again = run(settings("again", resume_from_checkpoint="latest"))
+    again = run(settings("again", section, **flags, resume_from_checkpoint="latest"))
     assert_equal(weights(again), weights(whole))
+
+
+def test_a_discriminator_joins_in_late(settings, monkeypatch, tmp_path):
+    """After a third of six steps, with its weight; until then the run is the one without it."""
+    judged, real = [], module.Adversary.loss
+
+    def loss(self, output, hq):
+        judged.append((output.shape, self._weight))
+        return real(self, output, hq)
+
+    monkeypatch.setattr(module.Adversary, "loss", loss)
+    section = copy.deepcopy(SECTION)
+    run(settings("plain", section))
+    section["autoencoder"] |= {"adversarial": 0.1, "adversarial_from": 0.3}
+    before = run(settings("late", section, **JUDGED))
+    assert judged == [((2, 3, 32, 32), 0.1)] * 4
+    states = [
+        load_file(tmp_path / name / "checkpoints/autoencoder/checkpoint-6/model.safetensors")
+        for name in ("plain", "late")
+    ]
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert (tmp_path / "late/checkpoints/autoencoder/checkpoint-6/model_1.safetensors").is_file()
+    section["autoencoder"] |= {"adversarial_from": 1.0}
+    never = weights(run(settings("never", section, **JUDGED)))
+    assert_equal(never, weights(tmp_path / "plain" / "base"))
+    assert any(not torch.equal(never["vae"][name], tensor) for name, tensor in weights(before)["vae"].items())
+
+
+@pytest.mark.parametrize("section", [SECTION, SHARP])
+def test_half_precision(settings, monkeypatch, section):
+    """Both stages compute in it; weights and what is written stay as they are."""
+    seen = []
+    real = torch.nn.Conv2d._conv_forward
+
+    def convolve(self, *given):
+        result = real(self, *given)
+        seen.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", convolve)
+    folder = run(settings("run", section, mixed_precision="bf16", **JUDGED))
+    assert torch.bfloat16 in seen
+    assert all(tensor.dtype == torch.float32 for part in weights(folder).values() for tensor in part.values())
 
 
 def test_a_base_that_is_whole_is_taken(settings, tmp_path, monkeypatch):
@@ -184,11 +238,15 @@ def test_only_forward_is_called_on_what_ddp_wraps():
 
     vae = AutoencoderTiny(**SECTION["vae"])
     pictures = torch.rand(1, 3, 16, 16) * 2 - 1
-    loss = module.autoencoder_loss(Wrapped(module.RoundTrip(vae)), pictures, 0.5)
+    passed = Wrapped(module.RoundTrip(vae))(pictures)
     output = vae.decode(vae.encode(pictures).latents).sample
+    torch.testing.assert_close(passed, output)
     difference = output - pictures
     edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-    torch.testing.assert_close(loss, difference.abs().mean() + 0.5 * edges)
+    expected = difference.abs().mean() + 0.5 * edges
+    torch.testing.assert_close(module.autoencoder_loss(passed, pictures, 0.5), expected)
+    spectra = (torch.fft.rfft2(output, norm="ortho") - torch.fft.rfft2(pictures, norm="ortho")).abs().mean()
+    torch.testing.assert_close(module.autoencoder_loss(passed, pictures, 0.5, 0.1), expected + 0.1 * spectra)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +259,9 @@ def test_only_forward_is_called_on_what_ddp_wraps():
         (("vea",), {}, "The setting pretrain.vea does not exist."),
         (("teacher", "learning_rate"), "fast", "pretrain.teacher.learning_rate cannot be 'fast'; it is a number."),
         (("teacher", "steps"), 0, "pretrain.teacher.steps must be at least 1, not 0."),
+        (("autoencoder", "adversarial"), -1, "pretrain.autoencoder.adversarial must be at least 0, not -1.0."),
+        (("autoencoder", "adversarial_from"), 2, "pretrain.autoencoder.adversarial_from must be from 0 to 1, not 2.0."),
+        (("teacher", "adversarial"), 1, "The setting pretrain.teacher.adversarial does not exist."),
         (("prompt_tokens",), 0, "pretrain.prompt_tokens must be at least 1, not 0."),
         (("vae", "nonsense"), 1, "vae, transformer or scheduler of the section pretrain cannot be built"),
         (("scheduler",), {"nonsense": 1}, "vae, transformer or scheduler of the section pretrain cannot be built"),
@@ -220,6 +281,11 @@ def test_sections_that_cannot_be_used(settings, monkeypatch, place, value, messa
     with pytest.raises(ConfigError) as refused:
         run(settings("run", section))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_crops_too_small_for_the_discriminator(settings):
+    with pytest.raises(ConfigError, match=r"needs crops of at least 64 pixels, not 32\."):
+        run(settings("run", SHARP, discriminator_layers=6))
 
 
 def test_a_lora_of_its_encoder_is_refused_before_it_is_trained(settings):

@@ -4,6 +4,14 @@ They know nothing of adapters, accelerators or files. A velocity callable is `(z
 at noise levels sigma (B,), 0..1, with z = sigma * noise + (1 - sigma) * clean, and v = noise - clean.
 """
 
+from .adversarial import (
+    feature_matching,
+    hinge_discriminator_loss,
+    hinge_student_loss,
+    r1_penalty,
+    relativistic_discriminator_loss,
+    relativistic_student_loss,
+)
 from .noise import add_noise, clean_from_velocity, ddpm_velocity, noise_levels
 from .reconstruction import EncoderFeatureDistance, frequency_l1, gradient_l1, latent_mse, pixel_l1
 from .tsd import (
@@ -24,11 +32,17 @@ __all__ = [
     "dasm_trajectory",
     "ddpm_velocity",
     "fake_score_loss",
+    "feature_matching",
     "frequency_l1",
     "gradient_l1",
+    "hinge_discriminator_loss",
+    "hinge_student_loss",
     "latent_mse",
     "noise_levels",
     "pixel_l1",
+    "r1_penalty",
+    "relativistic_discriminator_loss",
+    "relativistic_student_loss",
     "tsd_gradient",
     "tsd_loss",
 ]

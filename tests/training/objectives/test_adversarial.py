@@ -1,0 +1,50 @@
+"""The two sides of an adversarial loss, in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from tsdsr.training.objectives import (
+    feature_matching,
+    hinge_discriminator_loss,
+    hinge_student_loss,
+    r1_penalty,
+    relativistic_discriminator_loss,
+    relativistic_student_loss,
+)
+
+REAL, FAKE = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.5])
+
+
+def test_hinge():
+    assert hinge_discriminator_loss(REAL, FAKE).item() == pytest.approx((0 + 0.5 + 2) / 3 + (0 + 1 + 1.5) / 3)
+    assert hinge_student_loss(FAKE).item() == pytest.approx(2.5 / 3)
+
+
+def test_relativistic():
+    pairs = list(zip(REAL.tolist(), FAKE.tolist(), strict=True))
+    expected = sum(math.log1p(math.exp(fake - real)) for real, fake in pairs) / 3
+    assert relativistic_discriminator_loss(REAL, FAKE).item() == pytest.approx(expected)
+    expected = sum(math.log1p(math.exp(real - fake)) for real, fake in pairs) / 3
+    assert relativistic_student_loss(REAL, FAKE).item() == pytest.approx(expected)
+
+
+def test_r1_of_a_quadratic():
+    """Logits a x^2: gradient 2 a x at every pixel, whatever the number of pixels; the penalty itself has one to a."""
+    a = torch.tensor(3.0, requires_grad=True)
+    for side in (4, 8):
+        pictures = torch.full((2, 1, side, side), 0.5, requires_grad=True)
+        penalty = r1_penalty(a * pictures.square(), pictures)
+        assert penalty.item() == pytest.approx((2 * 3 * 0.5) ** 2 / 2)
+        (gradient,) = torch.autograd.grad(penalty, a)
+        assert gradient.item() == pytest.approx(3.0)
+
+
+def test_feature_matching_is_a_mean_over_maps():
+    ours, theirs = (
+        [torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 2, 2)],
+        [torch.ones(1, 2, 4, 4), -torch.ones(1, 8, 2, 2) * 2],
+    )
+    assert feature_matching(ours, theirs).item() == pytest.approx(1.5)
+    assert feature_matching(ours, ours) == 0
