@@ -7,7 +7,7 @@ and OpenEXR are imported when a file needs them.
 from .jpeg import jpeg_round_trip
 from .picture import Picture
 from .reading import Frames, UnreadableImageError, find_images, open_frames, read
-from .sheet import COLORS, RESAMPLING, Crops, data_uri, draw_sheet, resize
+from .sheet import COLORS, RESAMPLING, Crops, LabelledPicture, data_uri, draw_rows, draw_sheet, resize
 from .writing import SUPPORTED_OUTPUT_SUFFIXES, PictureWriter, create, write
 
 __all__ = [
@@ -16,11 +16,13 @@ __all__ = [
     "SUPPORTED_OUTPUT_SUFFIXES",
     "Crops",
     "Frames",
+    "LabelledPicture",
     "Picture",
     "PictureWriter",
     "UnreadableImageError",
     "create",
     "data_uri",
+    "draw_rows",
     "draw_sheet",
     "find_images",
     "jpeg_round_trip",

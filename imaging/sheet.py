@@ -49,6 +49,21 @@ class Crops:
     cells: list[list[np.ndarray]]
 
 
+@dataclass(frozen=True)
+class LabelledPicture:
+    """A picture with what is written above it.
+
+    Attributes:
+        label: its name.
+        note: a line below it, such as "PSNR-Y 25.15 dB"; may be empty.
+        rgb: (H, W, 3), float32, 0..1.
+    """
+
+    label: str
+    note: str
+    rgb: np.ndarray
+
+
 def resize(rgb: np.ndarray, size: tuple[int, int], method: str = "bicubic") -> np.ndarray:
     """A picture of another size, as Pillow resizes it, in float.
 
@@ -89,6 +104,29 @@ def draw_sheet(pictures: Sequence[Crops]) -> Picture:
     for part in parts:
         sheet.paste(part, (0, top))
         top += part.height
+    return Picture(np.asarray(sheet, dtype=np.float32) / 255)
+
+
+def draw_rows(title: str, rows: Sequence[Sequence[LabelledPicture]]) -> Picture:
+    """One sheet: a title, and below it rows of pictures in columns, with square pixels as `draw_sheet` shows crops."""
+    title_font, label_font, note_font = (ImageFont.load_default(size) for size in (20, 18, 15))
+    images = [[_enlarged(cell.rgb) for cell in row] for row in rows]
+    column = max(image.width for row in images for image in row) + _GAP
+    # As high as label and note together; rows without notes have no room for them.
+    heads = [18 + _GAP + (15 + _GAP if any(cell.note for cell in row) else 0) for row in rows]
+    heights = [head + max(image.height for image in row) + _GAP for head, row in zip(heads, images, strict=True)]
+    width = max(len(row) for row in rows) * column + _GAP
+    top = 20 + 3 * _GAP
+    sheet = Image.new("RGB", (width, top + sum(heights)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP), _shortened(title, title_font, width - 2 * _GAP), _INK, title_font)
+    for row, cells, head, height in zip(rows, images, heads, heights, strict=True):
+        for index, (cell, image) in enumerate(zip(row, cells, strict=True)):
+            left = _GAP + index * column
+            draw.text((left, top), _shortened(cell.label, label_font, column - _GAP), _INK, label_font)
+            draw.text((left, top + 22), _shortened(cell.note, note_font, column - _GAP), _FAINT, note_font)
+            sheet.paste(image, (left, top + head))
+        top += height
     return Picture(np.asarray(sheet, dtype=np.float32) / 255)
 
 

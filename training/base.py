@@ -151,13 +151,19 @@ def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, 
         raise ConfigError(f"timestep must be {allowed} for {name}, not {family.timestep:g}.")
     if config.vae_encoder == "lora" and not hasattr(vae, "add_adapter"):
         raise ConfigError(f"{type(vae).__name__}, the VAE of {name}, takes no LoRA: set vae_encoder to full or frozen.")
-    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
-    # What one patch covers, or one pixel of the UNet's middle.
-    settings = denoiser.config
-    coarsest = 2 ** (len(settings.block_out_channels) - 1) if unet else settings.patch_size
-    multiple = 2 ** (len(channels) - 1) * coarsest
+    _, multiple = sides(family, denoiser, vae)
     if config.resolution % multiple:
         raise ConfigError(f"resolution must be a multiple of {multiple} for {name}, not {config.resolution}.")
+
+
+def sides(family: Family, denoiser: Any, vae: Any) -> tuple[int, int]:
+    """Pixels a side of one latent, and of what sides of pictures are multiples of: one patch of a transformer, or one
+    pixel of a UNet's middle.
+    """
+    channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    settings, latent = denoiser.config, 2 ** (len(channels) - 1)
+    unet = isinstance(family, Ddpm)
+    return latent, latent * (2 ** (len(settings.block_out_channels) - 1) if unet else settings.patch_size)
 
 
 def _check_prompt(what: str, prompt: Prompt, name: str, denoiser: Any) -> None:

@@ -19,20 +19,24 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..imaging import draw_rows, write
 from ..models.fast_layers import use_fast_layers
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.folders import whole_folder
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
+from .base import Base
 from .checkpointing import Checkpoints
 from .config import ConfigError, DistillConfig, reason, typed_as
 from .data import BatchSettings
 from .discriminators import Discriminator, PatchDiscriminator
 from .draws import PRETRAINING, draws
 from .embedded import start_as_interpolation
+from .families import RectifiedFlow
 from .inputs import Photographs, read_batches
 from .losses import adversarial_terms, discriminator_terms
 from .objectives import add_noise, frequency_l1, gradient_l1, pixel_l1
 from .optimisation import Average
+from .sampling import STEPS, STRENGTHS, Teacher, restoration_rows, sample_rows
 
 logger = logging.getLogger("tsdsr.training")
 
@@ -229,8 +233,21 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
             values = json.loads(path.read_text(encoding="utf-8"))
             values.pop("block_out_channels", None)
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if photographs.validation:
+            base = Base(RectifiedFlow(scheduler), transformer, vae, prompt, None)
+            show_teacher(base, config, photographs, settings.teacher.resolution)
     Accelerator().wait_for_everyone()
     return str(folder)
+
+
+def show_teacher(base: Base, config: DistillConfig, photographs: Photographs, resolution: int) -> None:
+    """Write `output_dir/teacher.png`: four samples, and restorations of the centres of four validation photographs."""
+    teacher = Teacher.of(base, base.vae.config.shift_factor, Accelerator().device)
+    how: dict[str, Any] = {"seed": config.seed, "steps": STEPS // 2}
+    large = [pair for pair in photographs.validation if min(pair[2].shape[-2:]) >= teacher.multiple]
+    rows = sample_rows(teacher, 4, resolution, **how)
+    rows += restoration_rows(teacher, large[:4], STRENGTHS, size=resolution, **how)
+    write(draw_rows("The teacher: samples, restorations", rows), Path(config.output_dir) / "teacher.png")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from tsdsr.imaging import COLORS, Crops, data_uri, draw_sheet, resize, write
+from tsdsr.imaging import COLORS, Crops, LabelledPicture, data_uri, draw_rows, draw_sheet, resize, write
 from tsdsr.imaging.sheet import _shortened
 
 
@@ -88,6 +88,31 @@ def test_pictures_stand_below_each_other_and_labels_are_drawn(crops, tmp_path):
     assert (draw_sheet([crops((64,), ("long", "two"))]).rgb[:57] != draw_sheet([crops((64,))]).rgb[:57]).any()
     write(sheet, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (sheet.width, sheet.height)
+
+
+def test_rows_stand_below_each_other_with_square_pixels(rng):
+    """Pictures of 128 pixels as squares of 2, larger ones as they are; every row's columns begin at the same places."""
+    small, wide = rng.random((128, 128, 3)).astype(np.float32), rng.random((40, 300, 3)).astype(np.float32)
+    cells = [LabelledPicture(f"name {index}", "", small) for index in range(3)]
+    rows = [cells, [LabelledPicture("name", "20.00 dB", small), LabelledPicture("name", "", wide)]]
+    sheet = np.rint(draw_rows("a title", rows).rgb * 255)
+    assert sheet.shape[1] == 8 + 3 * (300 + 8)
+    top, places = 44, []
+    for row, head in zip(rows, (26, 49), strict=True):
+        top += head
+        for index, cell in enumerate(row):
+            zoom = 2 if cell.rgb is small else 1
+            wanted = np.rint(np.kron(cell.rgb, np.ones((zoom, zoom, 1))) * 255)
+            left = 8 + index * 308
+            found = sheet[top : top + wanted.shape[0], left : left + wanted.shape[1]]
+            np.testing.assert_allclose(found, wanted, atol=1)
+            places.append((top, left))
+        top += 256 + 8
+    assert top == sheet.shape[0]
+    plain = np.rint(draw_rows("a title", [rows[0], [LabelledPicture("name", "20.00 dB", small), cells[0]]]).rgb * 255)
+    assert plain.shape[1] == 8 + 3 * 264
+    for left, text in ((0, sheet[:44]), (8, sheet[44:70]), (8, sheet[334:356]), (8, sheet[356:380])):
+        assert text[:, left : left + 100].min() < 255, "title, labels and note are drawn"
 
 
 def test_long_names_keep_both_ends_and_fit():

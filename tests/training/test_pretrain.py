@@ -3,17 +3,20 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from tsdsr import TSDSRPipeline
+from tsdsr.imaging import read
 from tsdsr.training import pretrain as module
 from tsdsr.training.config import ConfigError, parse
 from tsdsr.training.data import BatchSettings
 from tsdsr.training.inputs import open_photographs, read_batches
 from tsdsr.training.pretrain import PretrainConfig, flow_matching_loss, pretrain
+from tsdsr.training.sampling import main
 
 SECTION = {
     "vae": {
@@ -178,6 +181,22 @@ def test_a_base_that_is_whole_is_taken(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train_stage", lambda *_: pytest.fail("it was trained again"))
     assert run(settings(resume_from_checkpoint="latest")) == folder
     assert_equal(weights(folder), before)
+
+
+def test_the_teacher_is_shown_where_there_are_photographs_to_validate_on(settings, tmp_path):
+    """Four samples; HQ, LQ and three restorations of each photograph; the base is what it is without them."""
+    section = copy.deepcopy(SECTION)
+    section["teacher"]["resolution"] = 16
+    folder = run(settings("shown", section, validation_photographs=2, validation_size=32, use_shift_factor=True))
+    sheet = read(tmp_path / "shown" / "teacher.png").rgb
+    assert sheet.shape == (44 + (26 + 256 + 8) + 2 * (49 + 256 + 8), 8 + 5 * 264, 3)
+    again = run(settings("again", section, validation_photographs=2, validation_size=32, use_shift_factor=True))
+    assert np.array_equal(sheet, read(tmp_path / "again" / "teacher.png").rgb)
+    main([folder, "-o", str(tmp_path / "own.png"), "--count", "4", "--size", "16", "--steps", "14", "--device", "cpu"])
+    assert np.array_equal(read(tmp_path / "own.png").rgb[44:334, : 4 * 264], sheet[44:334, : 4 * 264])
+    assert_equal(weights(folder), weights(again))
+    run(settings("hidden", section))
+    assert not (tmp_path / "hidden" / "teacher.png").exists()
 
 
 def test_what_is_averaged_is_written(settings, tmp_path):
