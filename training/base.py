@@ -27,7 +27,7 @@ from ..models.fast_layers import use_fast_layers
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.text import load_text_encoder
 from .config import ConfigError, DistillConfig, Phase, reason
-from .discriminators import PatchDiscriminator
+from .discriminators import make_discriminator
 from .families import Ddpm, Family, Prompt, RectifiedFlow
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 
@@ -112,6 +112,9 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
     vae = part(AutoencoderTiny if classes.get("vae") == "AutoencoderTiny" else AutoencoderKL, "vae")
     # As the pipeline of the validation does it: a run computes the same before its first and after.
     use_fast_layers(vae)
+    if isinstance(vae, AutoencoderTiny):
+        # What convolutions are fastest with; group norms, which other VAEs have, are not.
+        vae.to(memory_format=torch.channels_last)
     _check_fit(config, name, family, denoiser, vae)
 
     fixed = _embeddings(config.prompt_embeds) if config.prompt_embeds else None
@@ -152,8 +155,10 @@ def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, 
     if config.vae_encoder == "lora" and not hasattr(vae, "add_adapter"):
         raise ConfigError(f"{type(vae).__name__}, the VAE of {name}, takes no LoRA: set vae_encoder to full or frozen.")
     _, multiple = sides(family, denoiser, vae)
-    if config.resolution % multiple:
-        raise ConfigError(f"resolution must be a multiple of {multiple} for {name}, not {config.resolution}.")
+    for what, found in (("resolution", [config.resolution]), ("other_resolutions", config.other_resolutions or {})):
+        for side in found:
+            if side % multiple:
+                raise ConfigError(f"{what} must be a multiple of {multiple} for {name}, not {side}.")
 
 
 def sides(family: Family, denoiser: Any, vae: Any) -> tuple[int, int]:
@@ -243,20 +248,30 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
     if config.use_shift_factor:
         shift = getattr(base.vae.config, "shift_factor", None) or 0.0
     own_denoiser = own_vae = None
+    decoder = DECODER if config.vae_decoder == "full" else ()
+
+    def part_dtype(name: str) -> torch.dtype:
+        return torch.float32 if name in decoder else weight_dtype
+
     # Copied before they are cast, so that what is trained begins at full precision.
     if config.train_type == "full":
         own_denoiser = copy.deepcopy(base.denoiser).float().requires_grad_(True)
-    if config.vae_encoder == "full":
+    if config.vae_encoder == "full" or config.initial_student:
         own_vae = copy.deepcopy(base.vae).requires_grad_(False)
         for name in DECODER:
             if getattr(base.vae, name, None) is not None:
                 setattr(own_vae, name, getattr(base.vae, name))
+    if config.initial_student:
+        load_student(config.initial_student, {family.component: own_denoiser, "vae": own_vae})
+    if config.vae_encoder == "full":
         for _, module in encoder_layers(own_vae):
             module.float().requires_grad_(True)
+    elif own_vae is not None:
+        for name, part in own_vae.named_children():
+            part.to(part_dtype(name))
     base.denoiser.to(weight_dtype)
-    decoder = DECODER if config.vae_decoder == "full" else ()
     for name, part in base.vae.named_children():
-        part.to(torch.float32 if name in decoder else weight_dtype)
+        part.to(part_dtype(name))
     base.prompt.to(weight_dtype).requires_grad_(False)
 
     loras = {FAKE_SCORE: lora_config(config.fake_score_rank, family.fake_score_targets)}
@@ -271,7 +286,7 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
     vae = SharedBase(base.vae, vae_loras, own_vae, decoder)
     discriminator = None
     if config.uses(*Phase.ADVERSARIAL):
-        discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
+        discriminator = make_discriminator(config)
     networks = Networks(family, denoiser, vae, shift, discriminator)
     cast_training_params([networks], dtype=torch.float32)
     if config.gradient_checkpointing:
@@ -286,6 +301,28 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
                 if type(block).__name__ in REPEATED_BLOCKS:
                     block.compile()
     return networks
+
+
+def load_student(name: str, parts: dict[str, Any]) -> None:
+    """Give networks, by their folders' names, the weights of an earlier run's pipeline (or of one like it).
+
+    Raises:
+        ConfigError: if it cannot be loaded, or its networks are others.
+    """
+    for folder, network in parts.items():
+        kind = type(network)
+        try:
+            found = kind.load_config(name, subfolder=folder).get("_class_name")
+            weights = kind.from_pretrained(name, subfolder=folder).state_dict() if found == kind.__name__ else {}
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"initial_student: {folder} of {name} cannot be loaded ({reason(error)}).") from error
+        shapes = [{key: weight.shape for key, weight in own.items()} for own in (weights, network.state_dict())]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"initial_student: {folder} of {name} is another network ({found}) than the base's ({kind.__name__}), "
+                "or of other sizes; name a pipeline that was distilled from this base, not baked."
+            )
+        network.load_state_dict(weights)
 
 
 def load_teacher(base: Base, path: str) -> None:

@@ -121,6 +121,9 @@ class DistillConfig:
     variant: str | None = setting(None, "variant of the base's weight files, such as fp16")
     pretrain: dict | None = setting(None, "train a base first: the settings of training/pretrain.py (recipes only)")
     teacher_lora: str | None = setting(None, "LoRA that makes the base a better teacher, a safetensors file")
+    initial_student: str | None = setting(
+        None, "pipeline of an earlier run that the student begins as (train_type full)"
+    )
     timestep: float | None = setting(None, "the student's one timestep; 1000 for SD3, 999 for SD2")
     use_shift_factor: bool = setting(False, "latents are (z - shift_factor) * scaling_factor; TSD-SR leaves it out")
 
@@ -148,6 +151,7 @@ class DistillConfig:
     image_column: str = setting("image", "column of the streamed dataset that holds pictures")
     caption_column: str | None = setting(None, "column that holds captions")
     resolution: int = setting(512, "side of the HQ crops, pixels")
+    other_resolutions: dict | None = setting(None, "crops of other sides: {256: [share of batches, pictures in one]}")
     scale: int = setting(4, "how much smaller the LQ pictures are")
     random_flip: bool = setting(True, "mirror and turn the crops at random")
     mild_degradation: float = setting(0.0, "share of the batches that are damaged mildly")
@@ -242,6 +246,10 @@ class DistillConfig:
                 "Name the photographs by exactly one of train_data_dir, dataset_name and data_files"
                 + (f", not by {' and '.join(sources)}." if sources else ".")
             )
+        if self.initial_student and self.train_type != "full":
+            raise ConfigError("initial_student is a whole network, not a LoRA: set train_type full, or leave it out.")
+        if self.initial_student and self.vae_encoder == "lora":
+            raise ConfigError("initial_student has an encoder of its own: set vae_encoder to full or frozen.")
         if self.train_lq_dir and not self.train_data_dir:
             raise ConfigError("train_lq_dir holds partners of the photographs in train_data_dir: name that as well.")
         if self.validation_lq_dir and not self.validation_dir:
@@ -285,7 +293,7 @@ class DistillConfig:
             names = ", ".join(Phase.PICTURES)
             raise ConfigError(f"vae_decoder full needs a term that looks at pictures: give one of {names} a weight.")
         if self.uses(*Phase.ADVERSARIAL):
-            self.check_judged(self.resolution)
+            self.check_judged(min([self.resolution, *(self.other_resolutions or {})]))
 
     def phase_at(self, step: int) -> tuple[Phase, float]:
         """The phase of step `step` (from 0) and how far through it that is, 0..1; the last phase never ends."""
@@ -362,6 +370,8 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Dist
             if name in merged and not isinstance(merged[name], list):
                 merged[name] = [merged[name]]
         phases.append(typed_as(Phase, merged))
+    if "pretrained_model_name_or_path" in of_run:
+        values.pop("pretrain", None)  # the base is there already
     file_name = Path(recipe).with_suffix(".yaml").name if recipe else None
     return typed_as(DistillConfig, {**values, **of_run, "phases": phases, "recipe": file_name})
 
@@ -418,7 +428,7 @@ def _flags_of(kind: type) -> type:
     """The dataclass without what only a recipe can say, and without its checks."""
     kept = []
     for item in fields(kind):
-        if item.name not in ("phases", "pretrain", "recipe", "name", "steps"):
+        if item.name not in ("phases", "pretrain", "recipe", "name", "steps", "other_resolutions"):
             default = item.default if item.default is not MISSING else item.default_factory
             more = {"default": default} if item.default is not MISSING else {"default_factory": item.default_factory}
             kept.append((item.name, item.type, field(**more, metadata=item.metadata)))

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .config import DistillConfig
+
 
 class Discriminator(nn.Module):
     """What the trainer has to know of one: its maps. Calling it gives the last of them, the logits.
@@ -70,3 +72,9 @@ class PatchDiscriminator(Discriminator):
             if isinstance(layer, nn.LeakyReLU):
                 maps.append(pictures)
         return [*maps, pictures]
+
+
+def make_discriminator(config: DistillConfig) -> Discriminator:
+    """As a run's settings ask for it, in eval mode."""
+    found = PatchDiscriminator(config.discriminator_width, config.discriminator_layers).eval()
+    return found.to(memory_format=torch.channels_last)  # what convolutions are fastest with

@@ -8,7 +8,6 @@ that was not, and two processes follow one with twice the accumulation.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,32 +18,27 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .base import build_networks, load_base, prompts_of
 from .checkpointing import Checkpoints, StopRequest, save_only_trained
 from .config import ConfigError, DistillConfig, parse, reason
-from .data import BatchSettings, degrade_batch
+from .data import degrade_batch
 from .draws import FAKE_SCORE as FAKE_SCORE_NOISE
 from .draws import SCORES, draws
 from .export import Hub, export, pipeline_of
 from .families import Prompt, guided_velocity
-from .inputs import open_photographs, read_batches
+from .inputs import batch_settings, open_photographs, read_batches
 from .losses import Reconstruction, adversarial_terms, discriminator_terms, distillation, fake_score_term
 from .networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER
 from .objectives.noise import Velocity
 from .optimisation import NotFiniteError, Optimisation, check_finite
 from .pretrain import pretrain
-from .reporting import Report, Stopwatch
+from .reporting import Report, Stopwatch, TrainingError, command
 from .validation import Validation, bicubic, make_metrics
 
 logger = logging.getLogger("tsdsr.training")
-
-
-class TrainingError(RuntimeError):
-    """One sentence on why a run cannot go on; its last checkpoint is whole."""
 
 
 @dataclass
@@ -82,6 +76,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     hub = Hub.prepare(config) if config.push_to_hub and accelerator.is_main_process else None
 
     # 1. Photographs, base, networks
+    settings = batch_settings(config)
     photographs = open_photographs(config)
     metrics = make_metrics(config.validation_metrics, device)
     validation = Validation(photographs.validation, metrics)
@@ -107,15 +102,6 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     report.say(networks.memory())
     accumulation = config.gradient_accumulation_steps
     per_step = accumulation * world  # micro-batches, each with a number of its own
-    settings = BatchSettings(
-        train_batch_size=config.train_batch_size,
-        resolution=config.resolution,
-        scale=config.scale,
-        seed=config.seed,
-        random_flip=config.random_flip,
-        mild_degradation=config.mild_degradation,
-        degrade_on=config.degrade_on,
-    )
     positions = progress.get("positions")
     batches = read_batches(
         photographs.source,
@@ -158,7 +144,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
     start = progress.get("start") or validate("start")[0]
     stop, stopping, position = StopRequest(accelerator), False, None
-    watch = Stopwatch(config.train_batch_size * per_step)
+    watch = Stopwatch()
     bar = tqdm(total=config.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
 
     # 3. The loop
@@ -212,7 +198,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
             step += 1
             bar.update()
-            watch.tick()
+            watch.tick(world * sum(len(one.hq) for one in made))
             finished, stopping = step == config.max_train_steps, stop.requested()
             if step % config.logging_steps == 0 or finished:
                 shown = report.log(step, phase.name, images_per_second=watch.rate(), **optimisation.rates())
@@ -279,21 +265,8 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exits with 2 for what it was told wrongly, with 1 for what went wrong."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    diffusers_logging.set_verbosity_error()
-    try:
+    with command():
         distill(parse(arguments, __doc__ or ""))
-    except (ConfigError, FileNotFoundError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (TrainingError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        logger.removeHandler(handler)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def _write_card(
         "prompt_embeds",
         "null_prompt_embeds",
         "teacher_lora",
+        "initial_student",
         "dataset_name",
     ):
         if settings.get(name) and Path(settings[name]).exists():

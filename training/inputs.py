@@ -43,6 +43,27 @@ def read_batches(source: Any, settings: BatchSettings, **where: Any) -> Iterator
         raise ConfigError(str(error)) from error
 
 
+def batch_settings(config: DistillConfig) -> BatchSettings:
+    """What the batches of a run are like.
+
+    Raises:
+        ConfigError: for crops that cannot be cut so.
+    """
+    try:
+        return BatchSettings(
+            train_batch_size=config.train_batch_size,
+            resolution=config.resolution,
+            scale=config.scale,
+            seed=config.seed,
+            random_flip=config.random_flip,
+            mild_degradation=config.mild_degradation,
+            degrade_on=config.degrade_on,
+            other_resolutions=config.other_resolutions or {},
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def open_photographs(config: DistillConfig) -> Photographs:
     """The photographs that a run's settings name.
 
@@ -117,6 +138,8 @@ def _check_prepared(shards: PreparedShards, config: DistillConfig) -> None:
             f"{folder} holds latents of another autoencoder than the one that is trained here (pretrain): name the "
             "photographs themselves."
         )
+    if config.other_resolutions:
+        raise ConfigError(f"{folder} was prepared at resolution {shards.resolution}: leave out other_resolutions.")
     if config.resolution != shards.resolution:
         raise ConfigError(
             f"{folder} was prepared at resolution {shards.resolution}, not {config.resolution}: set resolution to that."

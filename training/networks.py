@@ -55,6 +55,8 @@ class SharedBase:
         for name, weight in network.named_parameters():
             if self._own(name):
                 weight.requires_grad_(True)
+        # Walking through the modules at every change of roles would take a good part of a small model's step.
+        self._adapted = [weight for name in self.names - {TEACHER} for weight in self.parameters(name)]
         self._role: str | None = None
         self._activate(None)
 
@@ -83,11 +85,13 @@ class SharedBase:
         A backward pass that recomputes (gradient checkpointing) has to run in the role of its forward pass.
         """
         before = self._role
-        self._activate(role)
+        if role != before:
+            self._activate(role)
         try:
             yield self.network if role != STUDENT or self.own_student is None else self.own_student
         finally:
-            self._activate(before)
+            if role != before:
+                self._activate(before)
 
     def _activate(self, role: str | None) -> None:
         self._role = role
@@ -97,9 +101,8 @@ class SharedBase:
             if own is not None:
                 layer.set_adapter(own)
         # peft freezes what is not active; optimisers and DDP want the set of trainable weights to stay the same.
-        for name in self.names - {TEACHER}:
-            for weight in self.parameters(name):
-                weight.requires_grad_(True)
+        for weight in self._adapted:
+            weight.requires_grad_(True)
 
 
 class Networks(nn.Module):

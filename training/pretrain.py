@@ -1,12 +1,15 @@
 """Trains a small base from nothing but photographs: an autoencoder, then a rectified-flow teacher on its HQ latents.
 
-For recipes that have no published base to begin with; `pretrain` in a recipe holds the settings.
+For recipes that have no published base to begin with; `pretrain` in a recipe holds the settings. `training.distill`
+does it first where a recipe says so; alone, into `output_dir/base`:
+
+    python -m tsdsr.training.pretrain --config RECIPE --train_data_dir PHOTOGRAPHS --output_dir runs/teacher
 """
 
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,16 +29,17 @@ from ..pipelines.folders import whole_folder
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import Base
 from .checkpointing import Checkpoints
-from .config import ConfigError, DistillConfig, reason, typed_as
+from .config import ConfigError, DistillConfig, parse, reason, typed_as
 from .data import BatchSettings
-from .discriminators import Discriminator, PatchDiscriminator
+from .discriminators import Discriminator, make_discriminator
 from .draws import PRETRAINING, draws
 from .embedded import start_as_interpolation
 from .families import RectifiedFlow
-from .inputs import Photographs, read_batches
+from .inputs import Photographs, open_photographs, read_batches
 from .losses import adversarial_terms, discriminator_terms
 from .objectives import add_noise, frequency_l1, gradient_l1, pixel_l1
 from .optimisation import Average
+from .reporting import command
 from .sampling import STEPS, STRENGTHS, Teacher, restoration_rows, sample_rows
 
 logger = logging.getLogger("tsdsr.training")
@@ -49,8 +53,13 @@ class Stage:
     learning_rate: float = 1e-3
     train_batch_size: int = 8
     resolution: int = 128  # side of the crops, pixels
+    other_resolutions: dict | None = None  # as the run's settings have them
     warmup_steps: int = 20
     ema_decay: float = 0.99
+
+    def batches(self, config: DistillConfig) -> BatchSettings:
+        """Settings of its batches. Raises a `ConfigError` for crops that cannot be cut so."""
+        return hq_only(config, self.train_batch_size, self.resolution, self.other_resolutions)
 
 
 @dataclass
@@ -185,9 +194,9 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
         ("autoencoder", settings.autoencoder, latent),
         ("teacher", settings.teacher, latent * transformer.config.patch_size),
     ):
-        hq_only(config, stage.train_batch_size, stage.resolution)
-        if stage.resolution % multiple:
-            raise ConfigError(f"pretrain.{name}.resolution must be a multiple of {multiple}, not {stage.resolution}.")
+        for side in stage.batches(config).resolutions:
+            if side % multiple:
+                raise ConfigError(f"pretrain.{name}: sides of crops must be multiples of {multiple}, not {side}.")
     start_as_interpolation(vae)
     nn.init.zeros_(transformer.proj_out.weight)
     widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
@@ -201,9 +210,9 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
 
     discriminator = None
     if settings.autoencoder.adversarial:
-        config.check_judged(settings.autoencoder.resolution)
-        discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers).eval()
-    autoencoder = RoundTrip(vae)
+        config.check_judged(min(settings.autoencoder.batches(config).resolutions))
+        discriminator = make_discriminator(config)
+    autoencoder = RoundTrip(vae).to(memory_format=torch.channels_last)
     train_stage(
         "autoencoder", settings.autoencoder, settings, config, photographs, autoencoder, reconstruct, discriminator
     )
@@ -260,11 +269,13 @@ def measure_latents(vae: AutoencoderTiny, config: DistillConfig, photographs: Ph
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / float((latents - shift).square().mean().sqrt()))
 
 
-def hq_only(config: DistillConfig, train_batch_size: int, resolution: int) -> BatchSettings:
+def hq_only(
+    config: DistillConfig, train_batch_size: int, resolution: int, other_resolutions: dict | None = None
+) -> BatchSettings:
     """Settings of batches of which only the HQ pictures are used.
 
     Raises:
-        ConfigError: for a resolution that is no multiple of the scale.
+        ConfigError: for crops that cannot be cut so.
     """
     try:
         return BatchSettings(
@@ -273,6 +284,7 @@ def hq_only(config: DistillConfig, train_batch_size: int, resolution: int) -> Ba
             scale=config.scale,
             seed=config.seed,
             degrade_on="device",  # not at all
+            other_resolutions=other_resolutions or {},
         )
     except ValueError as error:
         raise ConfigError(f"The section pretrain cannot be used ({error}).") from error
@@ -309,7 +321,7 @@ def train_stage(
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = read_batches(
         photographs.source,
-        hq_only(config, stage.train_batch_size, stage.resolution),
+        stage.batches(config),
         start=progress["step"] * world,
         stop=stage.steps * world,
         rank=rank,
@@ -374,3 +386,16 @@ class Adversary:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._discriminator.renew_norms()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exits with 2 for what it was told wrongly, with 1 for what went wrong."""
+    with command():
+        config = parse(arguments, __doc__ or "")
+        if not config.pretrain:
+            raise ConfigError("Name a recipe with a section pretrain (--config).")
+        print(pretrain(config, open_photographs(config)))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,13 +3,17 @@
 import json
 import logging
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from .config import ConfigError, DistillConfig
@@ -18,21 +22,48 @@ from .validation import Pair, save_sheet
 logger = logging.getLogger("tsdsr.training")
 
 
+class TrainingError(RuntimeError):
+    """One sentence on why a run cannot go on; its last checkpoint is whole."""
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """What a command runs in: the trainer's words on the terminal, one sentence for errors.
+
+    Exits with 2 for what it was told wrongly, with 1 for what went wrong.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (TrainingError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        logger.removeHandler(handler)
+
+
 class Stopwatch:
     """Pictures a second since the last question."""
 
-    def __init__(self, pictures_per_step: int):
-        self._each, self._steps, self._since = pictures_per_step, 0, time.monotonic()
+    def __init__(self) -> None:
+        self._pictures, self._since = 0, time.monotonic()
 
-    def tick(self) -> None:
-        """A step was done."""
-        self._steps += 1
+    def tick(self, pictures: int) -> None:
+        """A step was done, with so many pictures."""
+        self._pictures += pictures
 
     def rate(self) -> float:
         """Pictures a second, of all processes."""
         now = time.monotonic()
-        rate = self._each * self._steps / max(now - self._since, 1e-9)
-        self._steps, self._since = 0, now
+        rate = self._pictures / max(now - self._since, 1e-9)
+        self._pictures, self._since = 0, now
         return rate
 
 

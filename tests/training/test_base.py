@@ -5,13 +5,15 @@ import shutil
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
+from tsdsr import TSDSRPipeline
 from tsdsr.training import base as module
 from tsdsr.training.base import PUBLISHED_PROMPT, build_networks, load_base, prompts_of
 from tsdsr.training.config import ConfigError
 from tsdsr.training.families import Ddpm, RectifiedFlow
-from tsdsr.training.networks import FAKE_SCORE, STUDENT
+from tsdsr.training.networks import FAKE_SCORE, STUDENT, TEACHER
 
 
 @pytest.fixture
@@ -202,3 +204,49 @@ def test_what_is_trained_begins_as_the_base_in_float32(config, tmp_path, load):
     assert full.student_vae.decoder is full.vae.decoder
     assert networks.shift == 0.0 and networks.scaling == 1.5
     assert build_networks(load(), config(tmp_path, use_shift_factor=True), torch.float32).shift == 0.06
+
+
+@pytest.fixture
+def earlier(base_folder, tmp_path):
+    """A pipeline of the base's kind with other weights throughout, and its folder."""
+    pipeline = TSDSRPipeline.from_pretrained(base_folder, local_files_only=True)
+    for network in (pipeline.transformer, pipeline.vae):
+        for weight in network.parameters():
+            weight.data += 0.125 * torch.rand(weight.shape)
+    pipeline.save_pretrained(tmp_path / "earlier")
+    return pipeline, tmp_path / "earlier"
+
+
+@pytest.mark.parametrize("encoder", ["full", "frozen"])
+@pytest.mark.parametrize("decoder", ["full", "frozen"])
+def test_a_student_that_begins_as_an_earlier_one(config, tmp_path, load, earlier, encoder, decoder):
+    before, folder = earlier
+    settings = config(
+        tmp_path, train_type="full", vae_encoder=encoder, vae_decoder=decoder, initial_student=folder, pixel_l1=1.0
+    )
+    networks = build_networks(load(), settings, torch.bfloat16)
+    trained = networks.denoiser.named_parameters(STUDENT)
+    assert all(torch.equal(trained[name], weight) for name, weight in before.transformer.named_parameters())
+    plain = load()
+    assert torch.equal(networks.network.proj_out.weight, plain.denoiser.proj_out.weight.bfloat16())
+    dtypes = {"encoder": torch.float32 if encoder == "full" else torch.bfloat16}
+    dtypes["decoder"] = torch.float32 if decoder == "full" else torch.bfloat16
+    with networks.role(STUDENT) as (_, vae):
+        for part, dtype in dtypes.items():
+            weight = getattr(vae, part).conv_in.weight
+            assert weight.dtype == dtype and torch.equal(weight, getattr(before.vae, part).conv_in.weight.to(dtype))
+    with networks.role(TEACHER) as (_, vae):
+        assert torch.equal(vae.encoder.conv_in.weight, plain.vae.encoder.conv_in.weight.bfloat16())
+    wanted = {part for part, dtype in dtypes.items() if dtype == torch.float32}
+    assert {name.split(".")[0] for name in networks.codec.named_parameters(STUDENT)} == wanted
+
+
+def test_earlier_students_that_do_not_fit(config, tmp_path, load, make_pipeline):
+    settings = dict(make_pipeline("kl").transformer.config)
+    small = SD3Transformer2DModel.from_config({**settings, "num_layers": settings["num_layers"] - 1})
+    make_pipeline("kl", transformer=small).save_pretrained(tmp_path / "small")
+    make_pipeline("kl", network="unet").save_pretrained(tmp_path / "unet")
+    for name, said in (("small", "another network"), ("unet", "cannot be loaded"), ("nowhere", "cannot be loaded")):
+        settings = config(tmp_path, train_type="full", vae_encoder="full", initial_student=tmp_path / name)
+        with pytest.raises(ConfigError, match=f"initial_student: transformer of .*{name} .*{said}"):
+            build_networks(load(), settings, torch.float32)

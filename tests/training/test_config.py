@@ -127,6 +127,12 @@ def test_the_settings_as_a_recipe_are_the_same_settings(recipe, tmp_path):
     assert again == dataclasses.replace(config, hub_token=None)
 
 
+def test_a_base_that_is_typed_stands_for_the_one_a_recipe_would_train(recipe):
+    section = {"vae": {}, "transformer": {}}
+    config = parse([*recipe({"pretrain": section, "guidance_scale": 1}), *DATA, *BASE, "--max_train_steps", "1"])
+    assert config.pretrain is None and config.pretrained_model_name_or_path == "base"
+
+
 def test_a_pretrained_base_is_said_as_well(recipe):
     section = {"vae": {"latent_channels": 4}, "autoencoder": {"steps": 2}}
     config = parse([*recipe({"pretrain": section, "guidance_scale": 1}), *DATA, "--max_train_steps", "1"])
@@ -137,6 +143,11 @@ def test_a_pretrained_base_is_said_as_well(recipe):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--initial_student", "x"], "initial_student is a whole network, not a LoRA"),
+        (
+            ["--initial_student", "x", "--train_type", "full", "--vae_encoder", "lora"],
+            "initial_student has an encoder of its own",
+        ),
         (["--train_type", "half"], "train_type must be one of lora, full, not 'half'."),
         (["--vae_encoder", "no"], "vae_encoder must be one of lora, full, frozen, not 'no'."),
         (["--vae_decoder", "lora"], "vae_decoder must be one of full, frozen, not 'lora'."),

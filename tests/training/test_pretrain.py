@@ -286,7 +286,7 @@ def test_only_forward_is_called_on_what_ddp_wraps():
         (("scheduler",), {"nonsense": 1}, "vae, transformer or scheduler of the section pretrain cannot be built"),
         (("transformer", "in_channels"), 8, "pretrain.transformer.in_channels must be vae.latent_channels, 4, not 8."),
         (("teacher", "resolution"), 30, "resolution must be a multiple of the scale 4, not 30."),
-        (("teacher", "resolution"), 36, "pretrain.teacher.resolution must be a multiple of 8, not 36."),
+        (("teacher", "resolution"), 36, "pretrain.teacher: sides of crops must be multiples of 8, not 36."),
     ],
 )
 def test_sections_that_cannot_be_used(settings, monkeypatch, place, value, message):
@@ -300,6 +300,33 @@ def test_sections_that_cannot_be_used(settings, monkeypatch, place, value, messa
     with pytest.raises(ConfigError) as refused:
         run(settings("run", section))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_crops_of_other_sizes(settings, monkeypatch):
+    section, seen = copy.deepcopy(SECTION), set()
+    section["teacher"]["other_resolutions"] = {16: [0.75, 3]}
+    real = module.flow_matching_loss
+
+    def watched(*arguments):
+        seen.add(tuple(arguments[2].shape))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "flow_matching_loss", watched)
+    run(settings("run", section, seed=1))
+    assert seen == {(2, 4, 8, 8), (3, 4, 4, 4)}
+
+
+def test_the_command_makes_the_base_alone(settings, photographs, tmp_path, capsys):
+    settings()
+    words = ["--train_data_dir", str(photographs), "--output_dir", str(tmp_path / "run"), "--vae_encoder", "full"]
+    words += ["--max_train_steps", "1"]
+    module.main(["--config", str(tmp_path / "recipe.yaml"), *words])
+    assert capsys.readouterr().out == f"{tmp_path / 'run' / 'base'}\n"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"base", "checkpoints"}
+    with pytest.raises(SystemExit) as refused:
+        module.main(["--pretrained_model_name_or_path", "x", *words])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err == "Error: Name a recipe with a section pretrain (--config).\n"
 
 
 def test_crops_too_small_for_the_discriminator(settings):

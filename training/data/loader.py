@@ -1,9 +1,9 @@
 """Batches for a trainer, the same for the same seed whatever the number of workers, processes and interruptions."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..degradation import DegradationConfig, degrade
-from ..draws import CROPS, DEGRADATION, ORDER, draws
+from ..draws import CROPS, DEGRADATION, ORDER, SIZES, draws
 from .sources import Example, Streamed, UnreadableImage, check_pair
 
 
@@ -23,6 +23,7 @@ class BatchSettings:
     Args:
         train_batch_size: samples of a micro-batch.
         resolution: side of the sharp crops, pixels; a multiple of `scale`.
+        other_resolutions: sides of the crops of some batches, each with (share of the batches, samples of one).
         scale: how many times smaller the degraded pictures are.
         seed: of all draws; 0 or more.
         random_flip: mirror and turn by quarters at random. Prepared latents never are.
@@ -41,6 +42,7 @@ class BatchSettings:
     random_flip: bool = True
     mild_degradation: float = 0.0
     degrade_on: str = "worker"
+    other_resolutions: Mapping[int, tuple[float, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "resolution", "scale"):
@@ -54,6 +56,41 @@ class BatchSettings:
             raise ValueError(f"mild_degradation must be within 0..1, not {self.mild_degradation}.")
         if self.degrade_on not in ("worker", "device"):
             raise ValueError(f"degrade_on must be worker or device, not {self.degrade_on!r}.")
+        self._check_other_resolutions()
+
+    def _check_other_resolutions(self) -> None:
+        shares = 0.0
+        for side, entry in self.other_resolutions.items():
+            try:
+                share, samples = entry
+                usable = side >= 1 and not side % self.scale and share > 0 and samples >= 1 and samples == int(samples)
+            except (TypeError, ValueError):
+                usable = False
+            if not usable:
+                raise ValueError(
+                    "other_resolutions must hold sides of crops, multiples of the scale, each with the share of the "
+                    f"batches and the number of samples in one, such as 256: [0.1, 2], not {side}: {entry}."
+                )
+            shares += share
+        if shares > 1:
+            raise ValueError(f"The shares of other_resolutions must not exceed 1 in sum, not {shares:g}.")
+
+    @property
+    def resolutions(self) -> list[int]:
+        """All sides of crops."""
+        return [self.resolution, *self.other_resolutions]
+
+    def of_batch(self, m: int) -> "BatchSettings":
+        """The settings of micro-batch m, whose crops have one side."""
+        if not self.other_resolutions:
+            return self
+        place = float(torch.rand((), generator=draws(self.seed, SIZES, m)))
+        found = self.resolution, self.train_batch_size
+        for side, (share, samples) in self.other_resolutions.items():
+            if 0 <= place < share:
+                found = side, samples
+            place -= share
+        return replace(self, resolution=found[0], train_batch_size=found[1], other_resolutions={})
 
 
 class MapStyle(Protocol):
@@ -79,8 +116,8 @@ def training_batches(
 
     What micro-batch m of a map-style source holds depends on (seed, m) alone: a run that is resumed sees what an
     unbroken one sees, and two processes together see what one sees in twice as many micro-batches. Every photograph
-    comes once an epoch. Of a stream the same holds for as long as the numbers of workers and processes stay the same
-    and `position` is given. The global random generators are neither read nor moved.
+    comes once an epoch, if all crops have one size. Of a stream the same holds for as long as the numbers of workers
+    and processes stay the same and `position` is given. The global random generators are neither read nor moved.
 
     Pictures that cannot be read, or are smaller than a crop, are replaced: in a map-style source by others drawn from
     the micro-batch's own generator, in a stream by the next.
@@ -179,7 +216,7 @@ class _MapBatches(Dataset):
         def read(slot: int, again: bool, generator: torch.Generator) -> Example:
             return self.source[draw(len(self.source), generator) if again else self._photograph(first + slot)]
 
-        return _make_batch(read, m, self.settings)
+        return _make_batch(read, m, self.settings.of_batch(m))
 
     def _photograph(self, sample: int) -> int:
         """The photograph that a sample is of: the samples run through a permutation an epoch."""
@@ -220,7 +257,7 @@ class _StreamBatches(IterableDataset):
         state = list(self.states[reader])
         examples = self._examples(self.rank * readers + reader, self.world * readers, state)
         for m in itertools.islice(self.numbers, number, None, readers):
-            batch = _make_batch(lambda *_: next(examples)(), m, self.settings)
+            batch = _make_batch(lambda *_: next(examples)(), m, self.settings.of_batch(m))
             if isinstance(batch, ValueError):
                 yield batch
                 return

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,44 @@ def test_every_photograph_comes_once_an_epoch(folder):
 def test_a_batch_larger_than_the_source(folder):
     (batch,) = batches(Folder(folder), BatchSettings(25, resolution=32), stop=1)
     assert sorted(Counter(batch["names"]).values()) == [2] * 5 + [3] * 5
+
+
+MIXED = BatchSettings(4, resolution=32, seed=3, other_resolutions={40: (0.25, 1), 16: (0.5, 6)})
+
+
+def test_crops_of_other_sizes(folder):
+    found = Counter(tuple(batch["hq"].shape) for batch in batches(Folder(folder), MIXED, stop=200))
+    assert set(found) == {(4, 3, 32, 32), (1, 3, 40, 40), (6, 3, 16, 16)}
+    # Within four standard deviations of the shares.
+    assert abs(found[1, 3, 40, 40] - 50) < 25 and abs(found[6, 3, 16, 16] - 100) < 29
+    assert MIXED.resolutions == [32, 40, 16]
+
+
+@pytest.mark.parametrize("more", [{"num_workers": 2}, {"start": 5}])
+def test_sizes_depend_on_seed_and_number(folder, more):
+    source = Folder(folder)
+    assert_same(batches(source, MIXED)[more.get("start", 0) :], batches(source, MIXED, **more))
+    other = batches(source, replace(MIXED, seed=4), stop=30)
+    assert [b["hq"].shape for b in batches(source, MIXED, stop=30)] != [b["hq"].shape for b in other]
+
+
+def test_the_same_damage_on_the_device_for_all_sizes(folder):
+    source = Folder(folder)
+    worker, device = batches(source, MIXED), batches(source, replace(MIXED, degrade_on="device"))
+    for one, other in zip(worker, device, strict=True):
+        assert torch.equal(one["lq"], degrade_batch(other["hq"], other["index"], MIXED))
+
+
+@pytest.mark.parametrize("entry", [(0.5,), (0, 2), (0.5, 0), (0.5, 1.5), 0.5, ("a", 2), (1.5, 1)])
+def test_other_resolutions_that_cannot_be_used(entry):
+    with pytest.raises(ValueError, match="other_resolutions"):
+        BatchSettings(4, resolution=32, other_resolutions={64: entry})
+
+
+@pytest.mark.parametrize("side", [30, 0, -4, "64"])
+def test_other_sides_that_cannot_be_used(side):
+    with pytest.raises(ValueError, match="multiples of the scale"):
+        BatchSettings(4, resolution=32, other_resolutions={side: (0.5, 2)})
 
 
 def test_another_seed_is_another_run(folder):
