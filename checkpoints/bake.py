@@ -26,7 +26,7 @@ def bake_model(
     """Write what `TSDSRPipeline.bake` makes of a model as a pipeline folder of its own.
 
     LoRAs are added and everything is worked out in float32 or more before it is rounded to `dtype`. `output` appears
-    whole or not at all.
+    whole or not at all. A model that is baked already is written again, which changes its number format at most.
 
     Args:
         model: "embedded", a pipeline folder, or a Hub id.
@@ -62,7 +62,8 @@ def bake_model(
     if fidelity is not None:
         pipeline.mix_adapters(fidelity)
     config = dict(pipeline.transformer.config)
-    pipeline.bake(dtype=target)
+    if not pipeline.is_baked:
+        pipeline.bake(dtype=target)
     pipeline.to(dtype=target)
     with whole_folder(output) as folder:
         pipeline.save_pretrained(folder)

@@ -30,8 +30,11 @@ def bake(
 ) -> None:
     """Work out everything in a model that does not depend on the picture: smaller, faster, the same results."""
     with one_sentence(debug):
+        from diffusers.utils.logging import disable_progress_bar
+
         from ..checkpoints.bake import bake_model
 
+        disable_progress_bar()  # of loading, which is written to log files too
         written = bake_model(
             model,
             output,

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tsdsr import PromptEmbeddings, TSDSRPipeline
 
@@ -49,9 +50,21 @@ def test_refusals(tsdsr, kl_model, files, assert_refused, tmp_path):
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
-def test_a_baked_model_is_not_baked_again(tsdsr, kl_model, assert_refused, tmp_path):
+def test_a_baked_model_is_written_again(tsdsr, kl_model, tmp_path):
     assert tsdsr("bake", kl_model, "-o", tmp_path / "baked").exit_code == 0
-    assert_refused(tsdsr("bake", tmp_path / "baked", "-o", tmp_path / "twice"), "already")
+    for dtype, same in (("fp32", True), ("bf16", False)):
+        done = tsdsr("bake", tmp_path / "baked", "-o", tmp_path / dtype, "--dtype", dtype)
+        assert done.exit_code == 0, done.output
+        once, again = (
+            load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+            for name in ("baked", dtype)
+        )
+        assert once.keys() == again.keys()
+        assert all(torch.equal(weight, again[name]) for name, weight in once.items()) is same
+        assert all(torch.equal(weight.to(again[name].dtype), again[name]) for name, weight in once.items())
+    PromptEmbeddings.from_tensors(torch.randn(1, 5, 12), torch.randn(1, 10)).save_pretrained(tmp_path / "prompt")
+    refused = tsdsr("bake", tmp_path / "baked", "-o", tmp_path / "b", "--prompt-embeddings", tmp_path / "prompt")
+    assert refused.exit_code == 2 and "bake the original" in refused.stderr and not (tmp_path / "b").exists()
     assert tsdsr("bake", kl_model, "-o", tmp_path / "baked", "--overwrite").exit_code == 0
 
 
