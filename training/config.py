@@ -191,6 +191,9 @@ class DistillConfig:
     # Outputs
     output_dir: str = setting("runs/tsdsr", "checkpoints, log, validation pictures and results")
     output: str = setting("both", "what is written at the end: lora, merged or both")
+    output_dtype: str | None = setting(
+        None, "fp32, fp16 or bf16, of the merged pipeline; by default what is frozen has"
+    )
     checkpointing_steps: int = setting(500, "a checkpoint every so many steps")
     checkpoints_total_limit: int | None = setting(None, "how many are kept; by default all")
     resume_from_checkpoint: str | None = setting(None, "latest, or a checkpoint folder")
@@ -216,6 +219,7 @@ class DistillConfig:
             ("adversarial_loss", ("hinge", "relativistic")),
             ("degrade_on", ("worker", "device")),
             ("output", ("lora", "merged", "both")),
+            ("output_dtype", (None, "fp32", "fp16", "bf16")),
             ("mixed_precision", (None, "no", "fp16", "bf16")),
         ):
             if getattr(self, name) not in allowed:

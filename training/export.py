@@ -19,6 +19,7 @@ from .. import __version__
 from ..models.licences import licence_of
 from ..pipelines import model_card
 from ..pipelines.folders import whole_folder
+from ..pipelines.loading import DTYPES
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import EMBEDDING_FILES, Base
 from .config import ConfigError, DistillConfig, reason
@@ -98,7 +99,7 @@ def export(
             _write_lora(networks, base, folder)
             _write_card(folder, title, "lora", config, base, base_name, metrics, facts)
     if config.output in ("merged", "both"):
-        dtype = next(networks.network.parameters()).dtype  # of what is frozen
+        dtype = DTYPES.get(config.output_dtype or "", next(networks.network.parameters()).dtype)  # of what is frozen
         with whole_folder(output_dir / PIPELINE_DIR) as folder:
             prompt = copy.deepcopy(base.prompt).to("cpu", dtype)
             plain = Base(base.family, merged(networks.denoiser, dtype), merged(networks.codec, dtype), prompt, None)

@@ -302,14 +302,31 @@ def test_gradient_checkpointing_changes_nothing(whole, config, tmp_path):
     assert_equal(trained(tmp_path, 2), trained(whole[0], 2), rtol=1e-4, atol=1e-6)
 
 
-def test_bf16(config, tmp_path):
-    metrics = distill(config(tmp_path, mixed_precision="bf16", max_train_steps=2))
+@pytest.mark.parametrize(("asked", "written"), [(None, torch.bfloat16), ("fp16", torch.float16)])
+def test_bf16(config, tmp_path, asked, written):
+    metrics = distill(config(tmp_path, mixed_precision="bf16", max_train_steps=2, output_dtype=asked))
     assert metrics["student"]["psnr_y"] > 0
     assert all(tensor.dtype == torch.float32 for tensor in trained(tmp_path, 2).values())
-    assert (
-        load_file(tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].dtype
-        == torch.bfloat16
+    for part in ("vae", "transformer", "prompt_embeddings"):
+        weights = load_file(tmp_path / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {written}
+
+
+def test_full_weights_are_written_as_they_were_trained(config, tmp_path):
+    distill(
+        config(
+            tmp_path,
+            mixed_precision="bf16",
+            train_type="full",
+            vae_encoder="full",
+            output_dtype="fp32",
+            max_train_steps=1,
+            ema_decay=0,
+        )
     )
+    weights = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    kept = {name: weight for name, weight in trained(tmp_path, 1).items() if name.startswith("student_network.")}
+    assert kept and all(torch.equal(weights[name.partition(".")[2]], weight) for name, weight in kept.items())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
