@@ -32,6 +32,7 @@ COUNTS = (
 )
 NOT_NEGATIVE = (
     "mild_degradation",
+    "keep_photographs_gb",
     "dataloader_num_workers",
     "validation_photographs",
     "max_validation_images",
@@ -157,6 +158,7 @@ class DistillConfig:
     mild_degradation: float = setting(0.0, "share of the batches that are damaged mildly")
     degrade_on: str = setting("worker", "where photographs are degraded: worker (CPU) or device")
     dataloader_num_workers: int = setting(0, "processes that prepare batches; 0: none but the trainer")
+    keep_photographs_gb: float = setting(0.0, "keep decoded photographs in memory, so many GB for each reading process")
     validation_photographs: int = setting(0, "how many photographs of train_data_dir are held aside")
     validation_dir: str | None = setting(None, "folder of sharp photographs to validate on, instead")
     validation_lq_dir: str | None = setting(None, "folder of their damaged partners")

@@ -111,7 +111,7 @@ def _open(config: DistillConfig) -> Photographs:
                 paths = find_images(folder)
             if not paths:
                 raise ConfigError(f"{folder} holds no pictures.")
-            train = Folder(folder, paths)
+            train = Folder(folder, paths, config.keep_photographs_gb * 1e9)
         facts = {"photographs": f"{len(train)} pictures of the folder {folder.resolve().name}"}
     lq_dir = None
     if config.validation_dir:

@@ -73,12 +73,15 @@ class Folder:
     Args:
         folder: photographs lie directly in it.
         paths: only these files of it, in this order; all of them, in natural order, where left out.
+        kept_bytes: decoded photographs are kept in memory up to so many bytes, by each process that reads.
 
     Raises:
         ValueError: if there is no such folder, no picture in it, or its metadata cannot be understood.
     """
 
-    def __init__(self, folder: str | Path, paths: list[Path] | None = None):
+    def __init__(self, folder: str | Path, paths: list[Path] | None = None, kept_bytes: float = 0):
+        self._kept: dict[int, Tensor] = {}
+        self._room = kept_bytes
         self.folder = Path(folder)
         self.paths = find_images(self.folder) if paths is None else list(paths)
         if not self.paths:
@@ -99,7 +102,13 @@ class Folder:
             UnreadableImage: if the file is no whole picture.
         """
         path = self.paths[index]
-        return Example(path.name, _load(path), caption=self.caption(index))
+        picture = self._kept.get(index)
+        if picture is None:
+            picture = _load(path)
+            if picture.nbytes <= self._room:
+                self._kept[index] = picture
+                self._room -= picture.nbytes
+        return Example(path.name, picture, caption=self.caption(index))
 
     def caption(self, index: int) -> str | None:
         """The caption of an item, None where it has none."""

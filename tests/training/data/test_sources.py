@@ -18,6 +18,19 @@ def test_folder(folder):
     assert [Folder(folder, [folder / "p7.png"]).name(0)] == ["p7.png"]
 
 
+def test_photographs_are_kept_as_far_as_there_is_room(folder):
+    expected = [Folder(folder)[index] for index in range(3)]
+    source = Folder(folder, kept_bytes=expected[0].hq.nbytes + expected[1].hq.nbytes)
+    for index in (0, 1, 2, 0):
+        assert torch.equal(source[index].hq, expected[index].hq)
+    for path in source.paths:
+        path.unlink()
+    for index in (0, 1):
+        assert source[index].name == expected[index].name and torch.equal(source[index].hq, expected[index].hq)
+    with pytest.raises(UnreadableImage):
+        source[2]
+
+
 def test_folder_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="holds no pictures"):
         Folder(tmp_path)
