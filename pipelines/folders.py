@@ -18,6 +18,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        # safetensors writes files that only their owner can read; here others may as the umask has it.
+        readable = partial.stat().st_mode & 0o666
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(path.stat().st_mode | readable)
         if output.exists():
             os.replace(output, retired)
         os.replace(partial, output)
