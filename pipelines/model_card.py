@@ -117,7 +117,9 @@ def results(metrics: dict[str, Any], where: str | None = None) -> str:
         return ""
     names = list(metrics["student"])
     rows = [
-        f"| {label} | " + " | ".join(f"{metrics[row][name]:.4g}" for name in names) + " |"
+        f"| {label} | "
+        + " | ".join(f"{metrics[row][name]:.4g}" if name in metrics[row] else "" for name in names)
+        + " |"
         for label, row in (("bicubic", "bicubic"), ("before training", "start"), ("**this model**", "student"))
         if metrics.get(row)
     ]

@@ -1,6 +1,7 @@
 """How good a student is on photographs it never saw, measured on what the pipeline itself makes."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,19 @@ class Validation:
 
     @torch.no_grad()
     def run(self, upscale: Callable[[Tensor, tuple[int, int]], Tensor]) -> tuple[dict[str, float], list[Tensor]]:
-        """Mean of every metric, and the results (1, 3, H, W) in 0..1, of `upscale(lq, size)`."""
+        """Mean of every metric, and the results (1, 3, H, W) in 0..1, of `upscale(lq, size)`.
+
+        Pictures that a metric is not defined for, such as flat ones for NIQE, are left out of its mean.
+        """
         results = [eight_bit(upscale(lq, (hq.shape[-2], hq.shape[-1])).float().cpu()) for _, lq, hq in self.pairs]
-        means = {
-            name: float(np.mean([metric(out, hq) for out, (_, _, hq) in zip(results, self.pairs, strict=True)]))
-            for name, metric in self.metrics.items()
-        }
+        means = {}
+        for name, metric in self.metrics.items():
+            values = []
+            for out, (_, _, hq) in zip(results, self.pairs, strict=True):
+                with suppress(ValueError):
+                    values.append(metric(out, hq))
+            if values:
+                means[name] = float(np.mean(values))
         return means, results
 
     def with_pipeline(self, pipeline: Any) -> tuple[dict[str, float], list[Tensor]]:

@@ -37,6 +37,21 @@ def test_psnr_of_a_batch_is_the_mean(two):
     assert each[0] != each[1] and psnr_y(*batch) == pytest.approx(sum(each) / 2, abs=1e-4)
 
 
+def test_pictures_a_metric_is_not_defined_for():
+    """NIQE of flat pictures is not."""
+    generator = torch.Generator().manual_seed(0)
+    flat, busy = torch.full((1, 3, 96, 96), 0.5), torch.rand(1, 3, 96, 96, generator=generator)
+    metrics = make_metrics(["psnr_y", "niqe"], torch.device("cpu"))
+    lq = torch.zeros(1, 3, 24, 24)
+    pairs = [("flat", lq, busy), ("busy", lq, busy)]
+    outputs = iter([flat, busy.flip(2), flat, flat])
+    means, results = Validation(pairs, metrics).run(lambda lq, size: next(outputs))
+    assert means["niqe"] == metrics["niqe"](results[1], busy)
+    assert means["psnr_y"] == np.mean([metrics["psnr_y"](result, busy) for result in results])
+    means, _ = Validation(pairs, metrics).run(lambda lq, size: next(outputs))
+    assert list(means) == ["psnr_y"]
+
+
 def test_bicubic_is_clamped():
     lq = torch.tensor([0.0, 1.0]).repeat(4, 2).view(1, 1, 4, 4).expand(1, 3, 4, 4)
     image = bicubic(lq, (16, 16))
