@@ -23,7 +23,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from .checkpointing import Checkpoints
 from .data import DegradedBatches, load_uint8, split_photographs
 from .degradation import degrade
 from .discriminators import PatchDiscriminator
+from .initialisation import start_as_interpolation
 from .objectives import frequency_l1, gradient_l1, hinge_discriminator_loss, hinge_student_loss
 from .validation import psnr_y
 
@@ -84,37 +84,6 @@ class Config:
             stage["sizes"] = {int(size): (float(p), int(batch)) for size, (p, batch) in stage["sizes"].items()}
             stages.append(Stage(**stage))
         return cls(stages=stages, **values)
-
-
-@torch.no_grad()
-def start_as_interpolation(vae: AutoencoderTiny) -> None:
-    """Initialise so that latents 0..2 are the picture's RGB, averaged, and decoding interpolates them.
-
-    Residual blocks start as identities (Fixup initialisation, Zhang et al. 2019), other channels with random features
-    that the last convolution does not read yet. From PyTorch's own initialisation the first thousand steps would be
-    spent on finding the mean colour.
-    """
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in vae.modules():
-        if isinstance(module, AutoencoderTinyBlock):
-            nn.init.zeros_(module.conv[-1].weight)
-    binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for half in (vae.encoder.layers, vae.decoder.layers):
-        convolutions = [layer for layer in half if isinstance(layer, nn.Conv2d)]
-        for conv in convolutions:
-            weight = conv.weight
-            weight[:3] = 0
-            for color in range(3):
-                if conv.stride == (2, 2):
-                    weight[color, color, 1:, 1:] = 1 / 4
-                elif half is vae.decoder.layers and conv not in (convolutions[0], convolutions[-1]):
-                    weight[color, color] = torch.outer(binomial, binomial)  # smooths the nearest-neighbour upsampling
-                else:
-                    weight[color, color, 1, 1] = 1
 
 
 class EmbeddedModel(nn.Module):

@@ -33,8 +33,8 @@ from .config import ConfigError, DistillConfig, parse, reason, typed_as
 from .data import BatchSettings
 from .discriminators import Discriminator, make_discriminator
 from .draws import PRETRAINING, draws
-from .embedded import start_as_interpolation
 from .families import RectifiedFlow
+from .initialisation import start_as_convolution, start_as_interpolation
 from .inputs import Photographs, open_photographs, read_batches
 from .losses import adversarial_terms, discriminator_terms
 from .objectives import add_noise, frequency_l1, gradient_l1, pixel_l1
@@ -198,6 +198,7 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
             if side % multiple:
                 raise ConfigError(f"pretrain.{name}: sides of crops must be multiples of {multiple}, not {side}.")
     start_as_interpolation(vae)
+    start_as_convolution(transformer)
     nn.init.zeros_(transformer.proj_out.weight)
     widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
     prompt = PromptEmbeddings.from_tensors(
