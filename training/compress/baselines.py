@@ -58,7 +58,7 @@ class BlockInfluence:
     With c the cosine of a token's hidden states X_i before and X_{i+1} after block i, and E the mean over tokens and
     pictures:
 
-        cosine    BI_i = 1 - E[c]                    ShortGPT, arXiv 2403.03853, equation 1: 0..2
+        cosine    BI_i = 1 - E[c]                    Block Influence of ShortGPT, arXiv 2403.03853: 0..2
         angular   d_i  = E[arccos(c)] / pi           arXiv 2403.17887, for one block: 0..1
 
     Both papers look at a language model's one stream; here it is the picture's, because the prompt's is dropped when a

@@ -321,11 +321,14 @@ def test_draws_depend_on_the_generator_alone():
     assert torch.equal(one, again) and not torch.equal(one, other) and len(one.unique(dim=0)) > 1
 
 
-def test_soft_masks_lie_between(layout="two"):
-    masks = distribution(layout)
-    drawn = masks.sample(4.0, 10.0, 50, torch.Generator().manual_seed(0), hard=False).detach()
+def test_soft_masks_lie_between():
+    masks = distribution("two")
+    drawn, sharp = (
+        masks.sample(tau, 10.0, 50, torch.Generator().manual_seed(0), hard=False).detach() for tau in (4.0, 0.01)
+    )
     assert ((drawn > 0) & (drawn < 1)).all() and (drawn.sum(1) - masks.keep).abs().max() < 1
-    alone = distribution(layout, pairs=False).sample(4.0, 10.0, 50, hard=False).detach()
+    assert (sharp - sharp.round()).abs().mean() < 0.03 < (drawn - drawn.round()).abs().mean()
+    alone = distribution("two", pairs=False).sample(4.0, 10.0, 50, hard=False).detach()
     torch.testing.assert_close(alone.sum(1), torch.full((50,), 4.0))
 
 

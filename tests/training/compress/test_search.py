@@ -91,6 +91,7 @@ def test_a_hard_mask_is_the_network_without_those_blocks(make_transformer, input
         skipped = transformer(**inputs, skip_layers=dropped).sample
     torch.testing.assert_close(result, skipped, rtol=0, atol=1e-5)
     assert (result - whole).abs().max() > 0.1 and torch.equal(run(transformer, inputs), whole)
+    assert not any(block._forward_hooks for block in transformer.transformer_blocks)
 
 
 def test_pruned_blocks_are_numbered_anew(make_transformer):
@@ -101,6 +102,23 @@ def test_pruned_blocks_are_numbered_anew(make_transformer):
     assert [block.context_pre_only for block in pruned.transformer_blocks] == [False, False, True]
     assert pruned_config(transformer.config, (0, 5))["dual_attention_layers"] == (0,)
     assert transformer.config.num_layers == 6
+
+
+def test_half_of_sd3_medium_has_the_published_size():
+    """TinySR's backbone before its prompt and modulation are taken out: 1008.6 of 2028.3 million parameters."""
+    medium = {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 192,
+    }
+    counts = []
+    with torch.device("meta"):
+        for config in (medium, pruned_config(medium, tuple(range(0, 24, 2)))):
+            weights = SD3Transformer2DModel(**config).parameters()
+            counts.append(sum(weight.numel() for weight in weights) / 1e6)
+    assert counts == pytest.approx([2028.3, 1008.6], abs=0.1)
 
 
 def test_a_pruned_transformer_stands_alone(make_transformer, inputs, tmp_path):
