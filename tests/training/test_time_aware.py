@@ -10,7 +10,7 @@ from torch import nn
 from tsdsr.training.base import lora_config
 from tsdsr.training.discriminators import Discriminator
 from tsdsr.training.families import Ddpm, RectifiedFlow
-from tsdsr.training.networks import FAKE_SCORE, STUDENT, TEACHER, SharedBase
+from tsdsr.training.networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 from tsdsr.training.objectives import hinge_discriminator_loss, hinge_student_loss
 from tsdsr.training.time_aware import TeacherFeatures, TimeAwareDiscriminator
 
@@ -221,6 +221,23 @@ def test_a_run_that_is_resumed_votes_the_same(case):
     moved = discriminator.state_dict()
     assert all(torch.equal(tensor, moved[name]) for name, tensor in other.state_dict().items())
     assert all(not torch.equal(tensor, state[name]) for name, tensor in moved.items() if name.endswith("._u"))
+
+
+def test_it_is_one_of_the_networks(make_pipeline, case):
+    """Called through them, where DDP sees it, and past it; a checkpoint holds weights and norms of the heads."""
+    discriminator = case.discriminator()
+    vae = make_pipeline("kl").vae
+    networks = Networks(case.family, case.denoiser, SharedBase(vae, {}), discriminator=discriminator)
+    expected = discriminator(case.latents, SIGMA, case.prompt)
+    assert torch.equal(networks(DISCRIMINATOR, case.latents, SIGMA, prompt=case.prompt), expected)
+    assert torch.equal(networks.judge(case.latents, SIGMA, case.prompt)[-1], expected)
+    assert set(networks.parameters_of(DISCRIMINATOR)) == set(discriminator.parameters())
+    held = {name for name in networks.trained() if name.startswith("discriminator.")}
+    assert held == {f"discriminator.{name}" for name in discriminator.state_dict()}
+    before = copy.deepcopy(discriminator.state_dict())
+    networks.stepped(DISCRIMINATOR)
+    moved = {name for name, tensor in discriminator.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.endswith(("._u", "._v")) for name in moved)
 
 
 def test_compiled_blocks_are_seen_through(make_pipeline):
