@@ -62,11 +62,8 @@ class TeacherFeatures:
 
     def __call__(self, latents: Tensor, sigma: Tensor, prompt: Prompt) -> list[Tensor]:
         """Maps of noisy latents (B, C, h, w) at levels sigma (B,), in the dtype that the network computes in."""
-        if not (torch.is_grad_enabled() and latents.requires_grad):
-            with torch.no_grad():
-                return self._maps(latents, sigma, prompt)
         if self._denoiser.network.is_gradient_checkpointing:
-            # All of it at once, and so in the teacher's role when it is recomputed.
+            # All of it at once, so that it is in the teacher's role when it is recomputed.
             return checkpoint(self._maps, latents, sigma, prompt, use_reentrant=False, preserve_rng_state=False)
         return self._maps(latents, sigma, prompt)
 
@@ -78,7 +75,7 @@ class TeacherFeatures:
             if len(found) == len(self._blocks):
                 raise _Deepest
 
-        # Compiled blocks would not notice hooks that come later.
+        # Compiled blocks would be compiled anew for every hook.
         with (
             self._denoiser.role(TEACHER) as network,
             _without_checkpointing(network),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -12,7 +13,7 @@ from tsdsr.training.discriminators import Discriminator
 from tsdsr.training.families import Ddpm, RectifiedFlow
 from tsdsr.training.networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
 from tsdsr.training.objectives import hinge_discriminator_loss, hinge_student_loss
-from tsdsr.training.time_aware import TeacherFeatures, TimeAwareDiscriminator
+from tsdsr.training.time_aware import Head, TeacherFeatures, TimeAwareDiscriminator
 
 FAMILIES = ("flow", "epsilon")
 SIGMA = torch.tensor([0.2, 0.7])
@@ -113,7 +114,8 @@ def test_depths_of_a_large_transformer():
 def test_gradient_flows_through_the_teacher_into_the_latents_alone(make_pipeline, name, teacher_lora):
     """The same with gradient checkpointing, and whatever the role of the base when it flows."""
     case = Case(make_pipeline, name, teacher_lora)
-    discriminator, gradients = case.discriminator(), []
+    discriminator, gradients, calls = case.discriminator(), [], []
+    case.blocks[0].register_forward_hook(lambda *_: calls.append(True))
     for checkpointing in (False, True):
         if checkpointing:
             case.network.enable_gradient_checkpointing()
@@ -123,6 +125,7 @@ def test_gradient_flows_through_the_teacher_into_the_latents_alone(make_pipeline
         with case.denoiser.role(STUDENT):
             hinge_student_loss(discriminator.judge(latents, SIGMA, case.prompt)[-1]).backward()
         gradients.append(latents.grad)
+        assert len(calls) == (3 if checkpointing else 1)  # twice, where it is recomputed
         assert case.network.is_gradient_checkpointing == checkpointing
     assert gradients[0].abs().max() > 1e-4
     torch.testing.assert_close(gradients[1], gradients[0])
@@ -241,15 +244,45 @@ def test_it_is_one_of_the_networks(make_pipeline, case):
 
 
 def test_compiled_blocks_are_seen_through(make_pipeline):
-    """A block that was compiled before its hook came would run without it."""
-    case = Case(make_pipeline, "flow")
+    """And not compiled anew for it."""
+    case, compiled = Case(make_pipeline, "flow"), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
     wanted = case.features()(case.latents, SIGMA, case.prompt)
     for block in case.blocks:
-        block.compile(backend="eager")
-    with case.denoiser.role(STUDENT) as network, torch.no_grad():
+        block.compile(backend=backend)
+    with case.denoiser.role(TEACHER) as network, torch.no_grad():
         case.family.velocity(network, case.prompt)(case.latents, SIGMA)
-    for ours, theirs in zip(case.features()(case.latents, SIGMA, case.prompt), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    before = len(compiled)
+    for _ in range(2):
+        found = case.features()(case.latents, SIGMA, case.prompt)
+        torch.testing.assert_close(found, wanted)
+    assert len(compiled) == before > 0
+
+
+def test_the_heads_are_the_published_ones():
+    """Normalised and modulated, 3 x 3, spectral convolutions of 1 and 9 positions around a circle, votes."""
+    torch.manual_seed(0)
+    head = Head(channels=64, width=8, votes=3, time_width=5).eval()
+    nn.init.normal_(head.conv.weight)
+    maps, time = torch.randn(2, 64, 3, 5), torch.randn(2, 5)
+    scale, shift = head.modulation[1](F.silu(time))[..., None, None].split(64, dim=1)
+    hidden = F.group_norm(maps, 32, head.norm.weight, head.norm.bias) * (1 + scale) + shift
+    hidden = F.conv2d(F.silu(hidden), head.conv.weight, head.conv.bias, padding=1).flatten(2)
+
+    def layer(part, hidden, kernel):
+        conv, norm, _ = part
+        around = F.pad(hidden, (kernel // 2, kernel // 2), mode="circular")
+        hidden = F.conv1d(around, conv.weight, conv.bias)
+        return F.leaky_relu(F.group_norm(hidden, 4, norm.weight, norm.bias), 0.2)
+
+    hidden = layer(head.point, hidden, 1)
+    hidden = (hidden + layer(head.line, hidden, 9)) / 2**0.5
+    votes = F.conv1d(hidden, head.vote.weight, head.vote.bias).flatten(1)
+    torch.testing.assert_close(head(maps, time), (hidden, votes))
 
 
 def test_what_cannot_be_used(make_pipeline, one_sentence):
