@@ -140,6 +140,36 @@ def test_gradient_flows_through_the_teacher_into_the_latents_alone(make_pipeline
     assert float(more - less) == pytest.approx(float(expected), rel=0.05)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_student_learns_through_it(make_pipeline, name):
+    """One backward pass through teacher and student, which are one network, with and without recomputation."""
+    case, gradients = Case(make_pipeline, name), []
+    discriminator = case.discriminator()
+    for checkpointing in (False, True):
+        if checkpointing:
+            case.network.enable_gradient_checkpointing()
+        case.network.train(checkpointing)
+        with case.denoiser.role(STUDENT) as network:
+            latents = case.family.one_step(network, case.latents, case.prompt)
+            votes = discriminator.judge(latents, SIGMA, case.prompt)[-1]
+            hinge_student_loss(votes).backward()
+        gradients.append({key: weight.grad for key, weight in case.network.named_parameters()})
+        case.network.zero_grad()
+    # By the chain rule, one after the other.
+    case.network.disable_gradient_checkpointing()
+    with case.denoiser.role(STUDENT) as network:
+        latents = case.family.one_step(network, case.latents, case.prompt)
+    apart = latents.detach().requires_grad_()
+    hinge_student_loss(discriminator(apart, SIGMA, case.prompt)).backward()
+    weights = case.denoiser.named_parameters(STUDENT)
+    expected = torch.autograd.grad(latents, list(weights.values()), apart.grad, allow_unused=True)
+    assert sum(one is not None and bool(one.any()) for one in expected) > len(weights) / 2
+    for found in gradients:
+        for key, one in zip(weights, expected, strict=True):
+            torch.testing.assert_close(found.pop(key), one, rtol=1e-4, atol=1e-6)
+        assert all(one is None for one in found.values())
+
+
 def test_the_discriminators_own_step(case):
     """Its heads get gradients, nothing else does, and no graph is kept of the teacher."""
     discriminator = case.discriminator()

@@ -16,6 +16,7 @@ from tsdsr.training.objectives import (
     sds_gradient,
     tsd_loss,
 )
+from tsdsr.training.objectives.tad import JUDGED_SHARE
 
 FAMILIES = ("flow", "epsilon", "v_prediction", "residual")
 SIZES = ((1, 1, 1), (2, 3, 1), (4, 4, 4))
@@ -220,6 +221,8 @@ def test_published_levels():
     eta = schedule.etas[:3]
     s = 2 * eta.sqrt()
     torch.testing.assert_close(draw_levels(schedule, 200).unique().double(), s / (1 - eta + s), rtol=1e-6, atol=0)
+    judged = draw_levels(schedule, 2000, JUDGED_SHARE).unique()  # 0..13
+    assert torch.equal(judged, noise_levels(schedule)[1:].flip(0))
     assert draw_levels(schedule, 20, share=0.001).unique().numel() == 1
     assert draw_levels(FlowMatchEulerDiscreteScheduler(), 2000).max() <= 0.2
 
