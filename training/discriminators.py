@@ -1,6 +1,7 @@
 """Networks that tell photographs from what a student makes."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,18 @@ class Discriminator(nn.Module):
     `renew_norms` does, so that a result does not depend on how often, and on how many processes, it was called before.
     """
 
-    def features(self, pictures: Tensor) -> list[Tensor]:
-        """Maps of what it judges, logits last."""
+    def features(self, pictures: Tensor, *known: Any) -> list[Tensor]:
+        """Maps of what it judges, logits last; `known` is what it is told of the pictures."""
         raise NotImplementedError
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor, *known: Any) -> Tensor:
         """The logits, high where something looks real."""
-        return self.features(pictures)[-1]
+        return self.features(pictures, *known)[-1]
 
-    def judge(self, pictures: Tensor) -> list[Tensor]:
+    def judge(self, pictures: Tensor, *known: Any) -> list[Tensor]:
         """`features` for those who are judged: gradient flows into `pictures` alone."""
         self.requires_grad_(False)
-        maps = self.features(pictures)
+        maps = self.features(pictures, *known)
         self.requires_grad_(True)
         return maps
 
@@ -64,7 +65,7 @@ class PatchDiscriminator(Discriminator):
         found += [nn.Conv2d(wide // 2, 1, 3, padding=1)]
         self.layers = nn.Sequential(*found)
 
-    def features(self, pictures: Tensor) -> list[Tensor]:
+    def features(self, pictures: Tensor, *known: Any) -> list[Tensor]:
         """The map behind every activation, then the logits."""
         maps = []
         for layer in self.layers:

@@ -9,23 +9,29 @@ from torch import Tensor, nn
 from .config import ConfigError, DistillConfig, Phase, reason
 from .objectives import (
     EncoderFeatureDistance,
+    add_noise,
     dasm_trajectory,
+    draw_levels,
+    draw_noise,
     fake_score_loss,
     feature_matching,
     frequency_l1,
     gradient_l1,
     hinge_discriminator_loss,
     hinge_student_loss,
+    hsd_gradient,
     latent_mse,
     noise_levels,
     pixel_l1,
     r1_penalty,
     relativistic_discriminator_loss,
     relativistic_student_loss,
+    sds_gradient,
     tsd_gradient,
     tsd_loss,
 )
 from .objectives.noise import Velocity
+from .objectives.tad import JUDGED_SHARE, LOWEST_SHARE
 
 # Terms of pictures (B, 3, H, W) in -1..1, output first.
 PIXEL_TERMS = ("pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips")
@@ -118,6 +124,39 @@ def discriminator_terms(
     return found
 
 
+def noised(
+    judge: Callable[[Tensor, Tensor], Any],
+    scheduler: Any,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device,
+    share: float = JUDGED_SHARE,
+    noise: str = "gaussian",
+) -> Callable[[Tensor], Any]:
+    """A judge of clean latents out of one of noisy ones, for the two functions above.
+
+    Each sample has a level and noise of its own, and all that is judged gets the same: real and made latents.
+
+    Args:
+        judge: of noisy latents (n B, C, h, w) at levels (n B,).
+        scheduler: of the base.
+        shape: (B, C, h, w) of one batch.
+        generator: CPU generator of levels and noise.
+        device: of the latents.
+        share: the least noisy part of the schedule that levels are drawn from.
+        noise: gaussian, or uniform as the released code has it.
+    """
+    sigma = draw_levels(scheduler, shape[0], share, generator).to(device)
+    drawn = draw_noise(shape, generator, noise).to(device)
+
+    def call(latents: Tensor) -> Any:
+        batches = len(latents) // len(sigma)
+        levels = sigma.repeat(batches)
+        return judge(add_noise(latents, drawn.repeat(batches, 1, 1, 1), levels), levels)
+
+    return call
+
+
 def lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS (AlexNet, version 0.1) as the published training uses it, through pyiqa.
 
@@ -168,6 +207,35 @@ def distillation(
         phase.step_weights,
     )
     return tsd_loss(latents, gradient.gradient)
+
+
+def high_frequency_distillation(
+    scheduler: Any,
+    latents: Tensor,
+    target: Tensor | None,
+    teacher: Velocity,
+    generator: torch.Generator,
+    share: float = LOWEST_SHARE,
+    noise: str = "gaussian",
+) -> Tensor:
+    """TAD-SR's score distillation for one batch, with levels and noise drawn from `generator` (CPU).
+
+    Args:
+        scheduler: of the base.
+        latents: z^, (B, C, h, w), with gradient.
+        target: z*, what the teacher makes in many steps or the HQ latents; None for SDS, which has none.
+        teacher: psi, guidance inside.
+        generator: CPU generator.
+        share: the least noisy part of the schedule that levels are drawn from; 1 for all of it.
+        noise: gaussian, or uniform as the released code has it.
+    """
+    sigma = draw_levels(scheduler, len(latents), share, generator).to(latents.device)
+    drawn = draw_noise(latents.shape, generator, noise).to(latents.device)
+    if target is None:
+        gradient = sds_gradient(latents.detach(), drawn, sigma, teacher)
+    else:
+        gradient = hsd_gradient(latents.detach(), target, drawn, sigma, teacher)
+    return tsd_loss(latents, gradient)
 
 
 def fake_score_term(scheduler: Any, latents: Tensor, fake_score: Velocity, generator: torch.Generator) -> Tensor:

@@ -100,6 +100,8 @@ class SharedBase:
             layer.enable_adapters(own is not None)
             if own is not None:
                 layer.set_adapter(own)
+            if own == TEACHER:
+                layer.requires_grad_(False)  # a gradient may pass through it
         # peft freezes what is not active; optimisers and DDP want the set of trainable weights to stay the same.
         for weight in self._adapted:
             weight.requires_grad_(True)
@@ -169,9 +171,10 @@ class Networks(nn.Module):
 
         Args:
             role: the student, the discriminator, or one that predicts velocities.
-            inputs: pictures (B, 3, H, W) in -1..1 for the former two, latents (B, C, h, w) for the latter.
+            inputs: pictures (B, 3, H, W) in -1..1 for the former two, latents (B, C, h, w) for the latter and for a
+                discriminator of latents.
             sigma: levels (B,) of the latents.
-            prompt: what student and velocities are conditioned on.
+            prompt: what is conditioned on one: all but a discriminator of pictures.
             decode: whether the student's pictures are wanted.
 
         Returns:
@@ -179,7 +182,7 @@ class Networks(nn.Module):
         """
         if role == DISCRIMINATOR:
             assert self.discriminator is not None
-            return self.discriminator(inputs)
+            return self.discriminator(inputs) if sigma is None else self.discriminator(inputs, sigma, prompt)
         assert prompt is not None
         with self.role(role) as (denoiser, vae):
             if sigma is not None:
@@ -187,10 +190,12 @@ class Networks(nn.Module):
             latents = self.family.one_step(denoiser, self._encode(vae, inputs), prompt)
             return latents, self.decode(latents) if decode else None
 
-    def judge(self, pictures: Tensor) -> list[Tensor]:
-        """The discriminator's maps of pictures (B, 3, H, W), logits last, past DDP: its weights get no gradient."""
+    def judge(self, inputs: Tensor, *known: Any) -> list[Tensor]:
+        """The discriminator's maps of pictures (B, 3, H, W), or of noisy latents with their levels and prompt; logits
+        last. Past DDP: its weights get no gradient.
+        """
         assert self.discriminator is not None
-        return self.discriminator.judge(pictures)
+        return self.discriminator.judge(inputs, *known)
 
     def memory(self) -> str:
         """One sentence on what the shared base saves."""

@@ -142,6 +142,34 @@ def sample(
     return integrate(velocity, start, levels, sampler)
 
 
+@torch.no_grad()
+def restore_latents(
+    velocity: Velocity,
+    scheduler: Any,
+    lq_latents: Tensor,
+    generator: torch.Generator,
+    steps: int = STEPS,
+    sampler: str = SAMPLER,
+    strength: float = 1.0,
+) -> Tensor:
+    """What a teacher makes of LQ latents in many steps: TAD-SR's target z* (arXiv 2408.07476).
+
+    Args:
+        velocity: of the teacher, guidance inside, and whatever else it reads.
+        scheduler: of the base.
+        lq_latents: (B, C, h, w).
+        generator: CPU generator of the noise.
+        steps, sampler: as `sample` has them.
+        strength: sigma to begin at. 1 is noise alone, for teachers that read the LQ picture beside it; a teacher by
+            residual shifting begins at its schedule's first level, near 1; any other restores from less (SDEdit).
+
+    Returns:
+        (B, C, h, w); float32.
+    """
+    noise = torch.randn(lq_latents.shape, generator=generator).to(lq_latents.device)
+    return sample(velocity, scheduler, noise, steps, sampler, lq_latents, strength)
+
+
 @dataclass
 class Teacher:
     """What of a base many steps need.
@@ -234,8 +262,7 @@ def restore(
         (B, 3, H, W) in 0..1; float32, on the teacher's device.
     """
     latents = teacher.encode(pictures.to(teacher.device) * 2 - 1)
-    noise = torch.randn(latents.shape, generator=generator).to(teacher.device)
-    latents = sample(teacher.velocity, teacher.scheduler, noise, steps, sampler, latents, strength)
+    latents = restore_latents(teacher.velocity, teacher.scheduler, latents, generator, steps, sampler, strength)
     return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 

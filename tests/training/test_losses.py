@@ -16,16 +16,23 @@ from tsdsr.training.losses import (
     discriminator_terms,
     distillation,
     fake_score_term,
+    high_frequency_distillation,
     lpips,
+    noised,
 )
 from tsdsr.training.objectives import (
     EncoderFeatureDistance,
+    add_noise,
     dasm_trajectory,
+    draw_levels,
+    draw_noise,
     frequency_l1,
     gradient_l1,
+    hsd_gradient,
     latent_mse,
     noise_levels,
     pixel_l1,
+    sds_gradient,
     tsd_gradient,
     tsd_loss,
 )
@@ -335,3 +342,70 @@ def test_a_perfect_fake_score_has_no_loss():
     clean = torch.randn(2, 2, 4, 4, generator=generator(8))
     assert fake_score_term(SCHEDULER, clean, towards(clean), generator()) < 1e-10
     assert fake_score_term(SCHEDULER, clean, towards(-clean), generator()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("share", "noise", "target"),
+    [(0.2, "gaussian", True), (0.2, "gaussian", False), (1.0, "gaussian", True), (0.2, "uniform", True)],
+)
+@pytest.mark.parametrize("scheduler", [SCHEDULER, DDPMScheduler()], ids=["flow", "ddpm"])
+def test_high_frequency_distillation_is_the_objective_with_its_draws(latents, share, noise, target, scheduler):
+    """Its gradient in the latents is g over the number of elements; without a target it is SDS."""
+    student, hq = latents
+    student = student.clone().requires_grad_()
+    options = {} if (share, noise) == (0.2, "gaussian") else {"share": share, "noise": noise}
+    found = high_frequency_distillation(
+        scheduler, student, hq if target else None, curved(0.5), generator(7), **options
+    )
+    drawn = generator(7)
+    sigma = draw_levels(scheduler, len(student), share, drawn)
+    noise = draw_noise(student.shape, drawn, noise)
+    if target:
+        expected = hsd_gradient(student.detach(), hq, noise, sigma, curved(0.5))
+    else:
+        expected = sds_gradient(student.detach(), noise, sigma, curved(0.5))
+    (gradient,) = torch.autograd.grad(found, student)
+    assert expected.any()
+    torch.testing.assert_close(gradient, expected / student.numel())
+    torch.testing.assert_close(found, 0.5 * expected.square().mean())
+
+
+def test_real_and_made_latents_are_judged_under_the_same_noise():
+    """Each sample has a level and noise of its own, and its own is found again in a batch of both."""
+    real, made = torch.randn(2, 3, 4, 6, 5, generator=generator(1))
+    seen = []
+
+    def judge(noisy, sigma):
+        seen.append((noisy, sigma))
+        return noisy.mean(dim=(1, 2, 3))
+
+    judging = noised(judge, SCHEDULER, real.shape, generator(2), CPU, share=0.5)
+    both, alone, again = judging(torch.cat([real, made])), judging(made), judging(made)
+    assert torch.equal(both[3:], alone) and torch.equal(alone, again)
+    drawn = generator(2)
+    sigma = draw_levels(SCHEDULER, 3, 0.5, drawn)
+    noise = draw_noise(real.shape, drawn)
+    assert sigma.unique().numel() == 3
+    (noisy, levels), (other, level), _ = seen
+    assert torch.equal(levels, torch.cat([sigma, sigma])) and torch.equal(level, sigma)
+    torch.testing.assert_close(noisy[:3], add_noise(real, noise, sigma))
+    torch.testing.assert_close(other, add_noise(made, noise, sigma))
+    uniform = noised(judge, SCHEDULER, real.shape, generator(2), CPU, noise="uniform")
+    uniform(torch.zeros_like(real))
+    assert seen[-1][0].min() >= 0 and seen[-1][1].max() <= noise_levels(SCHEDULER)[100]
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_noisy_latents_are_judged_as_pictures_are(loss):
+    config, _ = settings(adversarial=1)
+    config.adversarial_loss = loss
+    real, made = torch.randn(2, 2, 4, 4, 4, generator=generator(1))
+    made.requires_grad_()
+    judging = noised(lambda z, sigma: [z.mean(dim=(1, 2, 3))], SCHEDULER, real.shape, generator(2), CPU)
+    terms = adversarial_terms(config, {"adversarial": 1.0}, judging, made, real)
+    (gradient,) = torch.autograd.grad(terms["adversarial"], made)
+    assert (gradient < 0).all()  # more of it looks more real
+    found = discriminator_terms(config, lambda z: judging(z)[-1], made, real)["discriminator"]
+    votes, theirs = judging(real)[-1], judging(made.detach())[-1]
+    hinge = (1 - votes).relu().mean() + (1 + theirs).relu().mean()
+    torch.testing.assert_close(found, hinge if loss == "hinge" else torch.nn.functional.softplus(theirs - votes).mean())

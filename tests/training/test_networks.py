@@ -58,6 +58,9 @@ def test_a_teacher_may_have_an_adapter(transformer, inputs):
     results = [run(base, role, inputs) for role in (TEACHER, STUDENT, FAKE_SCORE)]
     assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
     assert not any(weight.requires_grad for weight in base.parameters(TEACHER))
+    with base.role(TEACHER):  # nor where a gradient passes through it
+        assert not any(weight.requires_grad for weight in base.parameters(TEACHER))
+        assert all(weight.requires_grad for role in (STUDENT, FAKE_SCORE) for weight in base.parameters(role))
 
 
 def test_roles_nest(base, inputs):

@@ -14,6 +14,8 @@ from .adversarial import (
 )
 from .noise import add_noise, clean_from_velocity, ddpm_velocity, noise_levels
 from .reconstruction import EncoderFeatureDistance, frequency_l1, gradient_l1, latent_mse, pixel_l1
+from .residual_shift import ResidualShift, residual_velocity
+from .tad import draw_levels, draw_noise, hsd_gradient, sds_gradient
 from .tsd import (
     TSDGradient,
     classifier_free_guidance,
@@ -25,24 +27,30 @@ from .tsd import (
 
 __all__ = [
     "EncoderFeatureDistance",
+    "ResidualShift",
     "TSDGradient",
     "add_noise",
     "classifier_free_guidance",
     "clean_from_velocity",
     "dasm_trajectory",
     "ddpm_velocity",
+    "draw_levels",
+    "draw_noise",
     "fake_score_loss",
     "feature_matching",
     "frequency_l1",
     "gradient_l1",
     "hinge_discriminator_loss",
     "hinge_student_loss",
+    "hsd_gradient",
     "latent_mse",
     "noise_levels",
     "pixel_l1",
     "r1_penalty",
     "relativistic_discriminator_loss",
     "relativistic_student_loss",
+    "residual_velocity",
+    "sds_gradient",
     "tsd_gradient",
     "tsd_loss",
 ]

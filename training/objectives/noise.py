@@ -1,12 +1,13 @@
-"""Noise levels, and one parametrisation for both families: everything is a rectified flow's velocity.
+"""Noise levels, and one parametrisation for all families: everything is a rectified flow's velocity.
 
 A DDPM's z_t = alpha * clean + s * noise (alpha^2 + s^2 = 1), divided by alpha + s, is a rectified flow's latent at
-sigma = s / (alpha + s). So the distillation objectives need to know of one family only.
+sigma = s / (alpha + s). So the distillation objectives need to know of one family only. `residual_shift` is the third.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -28,11 +29,17 @@ def clean_from_velocity(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tenso
     return noisy - per_sample(sigma, noisy) * velocity
 
 
+def finite(values: Tensor) -> Tensor:
+    """`values` with 0 for NaN and Inf, which half-precision networks give at times."""
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def noise_levels(scheduler: Any) -> Tensor:
     """The noise levels (T,) of a training schedule, falling, the first the noisiest; float32, 0..1.
 
     Args:
-        scheduler: a flow-match scheduler (its shifted sigmas), or a DDPM one (s / (alpha + s) of its timesteps).
+        scheduler: a flow-match scheduler (its shifted sigmas), a DDPM one (s / (alpha + s) of its timesteps), or a
+            `ResidualShift`, which has sigmas like the former.
     """
     # As configured, whatever timesteps this one was set to.
     fresh = type(scheduler).from_config(scheduler.config)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import Velocity, add_noise, clean_from_velocity, noise_levels, per_sample
+from .noise import Velocity, add_noise, clean_from_velocity, finite, noise_levels, per_sample
 
 # Published: the first point of the trajectory counts fully, the others less (train/train.py).
 STEP_WEIGHTS = (1.0, 0.3, 0.3, 0.3)
@@ -127,8 +127,8 @@ def tsd_gradient(
             velocity(z, sigma).float() for velocity, z in ((teacher, student), (fake_score, student), (teacher, hq))
         )
         scale = weight * per_sample(sigma, student).square()
-        vsd += _finite(scale * (psi - phi))
-        tsm += _finite(scale * (psi - psi_hq))
+        vsd += finite(scale * (psi - phi))
+        tsm += finite(scale * (psi - psi_hq))
         if index + 1 < points:
             step = per_sample(sigma - following, student)
             student, hq = student - step * phi, hq - step * psi_hq
@@ -163,8 +163,4 @@ def fake_score_loss(
     noisy = add_noise(clean, noise.float(), sigma)
     restored = clean_from_velocity(noisy, fake_score(noisy, sigma).float(), sigma)
     each = (restored - clean).square().flatten(1).mean(dim=1)
-    return _finite(0.5 * torch.as_tensor(weighting, device=each.device) * each).mean()
-
-
-def _finite(values: Tensor) -> Tensor:
-    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    return finite(0.5 * torch.as_tensor(weighting, device=each.device) * each).mean()
