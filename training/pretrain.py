@@ -67,9 +67,12 @@ class AutoencoderStage(Stage):
     """The first stage: weights of terms beside the absolute error of pixels, and when a discriminator joins in.
 
     The discriminator is made as the run's settings for its own say (discriminator_width, adversarial_loss, ...).
+    latent_noise is that of noise on the latents that are decoded, in parts of their root mean square: what the noise
+    hides need not be told by a teacher either, and the decoder learns to make pictures of latents that are not exact.
     """
 
     frequency_l1: float = 0.0
+    latent_noise: float = 0.0
     adversarial: float = 0.0
     adversarial_from: float = 0.5  # share of the steps that come before it
 
@@ -100,7 +103,7 @@ class PretrainConfig:
             for name in names:
                 if getattr(found, name) < 1:
                     raise ConfigError(f"pretrain.{place}{name} must be at least 1, not {getattr(found, name)}.")
-        for name in ("frequency_l1", "adversarial", "adversarial_from"):
+        for name in ("frequency_l1", "latent_noise", "adversarial", "adversarial_from"):
             value = getattr(settings.autoencoder, name)
             if value < 0 or (name == "adversarial_from" and value > 1):
                 allowed = "from 0 to 1" if name == "adversarial_from" else "at least 0"
@@ -129,9 +132,13 @@ class RoundTrip(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """The pictures as decoded."""
-        return self.vae.decode(self.vae.encode(pictures).latents).sample
+    def forward(self, pictures: Tensor, noise: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """The pictures as decoded, from latents with normal noise of `noise` times their root mean square."""
+        latents = self.vae.encode(pictures).latents
+        if noise:
+            drawn = torch.randn(latents.shape, generator=generator).to(latents.device)
+            latents = latents + noise * latents.detach().square().mean().sqrt() * drawn
+        return self.vae.decode(latents).sample
 
 
 def autoencoder_loss(output: Tensor, hq: Tensor, gradient_weight: float, frequency_weight: float = 0.0) -> Tensor:
@@ -206,7 +213,7 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
     ).requires_grad_(False)
 
     def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        output = model(hq)
+        output = model(hq, settings.autoencoder.latent_noise, generator)
         return autoencoder_loss(output, hq, settings.gradient_l1, settings.autoencoder.frequency_l1), output
 
     discriminator = None

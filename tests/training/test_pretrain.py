@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 
 from tsdsr import TSDSRPipeline
@@ -47,7 +48,7 @@ SECTION = {
 
 # With what only some recipes use.
 SHARP = copy.deepcopy(SECTION)
-SHARP["autoencoder"] |= {"frequency_l1": 0.1, "adversarial": 0.1, "adversarial_from": 0.3}
+SHARP["autoencoder"] |= {"frequency_l1": 0.1, "latent_noise": 0.1, "adversarial": 0.1, "adversarial_from": 0.3}
 JUDGED = {"discriminator_width": 4, "discriminator_layers": 2, "r1_weight": 0.1}
 
 
@@ -300,6 +301,19 @@ def test_sections_that_cannot_be_used(settings, monkeypatch, place, value, messa
     with pytest.raises(ConfigError) as refused:
         run(settings("run", section))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_noise_on_latents():
+    torch.manual_seed(0)
+    vae, seen = AutoencoderTiny(**SECTION["vae"]), []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    pictures = torch.rand(4, 3, 64, 64) * 2 - 1
+    model = module.RoundTrip(vae)
+    for noise, seed in ((0.0, 0), (0.25, 0), (0.25, 0), (0.25, 1)):
+        model(pictures, noise, torch.Generator().manual_seed(seed))
+    plain, noisy, again, other = seen
+    assert torch.equal(noisy, again) and not torch.equal(noisy, other)
+    assert float((noisy - plain).square().mean() / plain.square().mean()) == pytest.approx(0.25**2, rel=0.05)
 
 
 def test_crops_of_other_sizes(settings, monkeypatch):
