@@ -376,8 +376,8 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Dist
             if name in merged and not isinstance(merged[name], list):
                 merged[name] = [merged[name]]
         phases.append(typed_as(Phase, merged))
-    if "pretrained_model_name_or_path" in of_run:
-        values.pop("pretrain", None)  # the base is there already
+    if "pretrained_model_name_or_path" in of_run and isinstance(values.get("pretrain"), dict):
+        del values["pretrain"]  # the base is there already
     file_name = Path(recipe).with_suffix(".yaml").name if recipe else None
     return typed_as(DistillConfig, {**values, **of_run, "phases": phases, "recipe": file_name})
 

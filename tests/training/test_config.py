@@ -269,7 +269,8 @@ def test_a_recipe_that_is_no_text(tmp_path):
 
 def test_a_base_and_one_that_is_trained(recipe):
     with pytest.raises(ConfigError, match=r"\(pretrain\), not both\."):
-        parse([*recipe({"pretrain": {"vae": {}}, "guidance_scale": 1}), *ENOUGH])
+        both = {"pretrain": {"vae": {}}, "guidance_scale": 1, "pretrained_model_name_or_path": "base"}
+        parse([*recipe(both), *DATA, "--max_train_steps", "8"])
     with pytest.raises(ConfigError, match=r"has no empty prompt for guidance: set guidance_scale 1\."):
         parse([*recipe({"pretrain": {"vae": {}}}), *DATA, "--max_train_steps", "8"])
 
