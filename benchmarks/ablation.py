@@ -2,7 +2,7 @@
 
 python -m benchmarks.ablation PHOTOGRAPHS --base BASE --student START --output_dir runs/ablation
 python -m benchmarks.ablation PHOTOGRAPHS ... --set_root SETS      # measures the students on RealSR as well
-python -m benchmarks.ablation --tables                             # of what was found, as docs/ablation.md has them
+python -m benchmarks.ablation --tables                             # of what was found
 python -m benchmarks.ablation --curves CURVES.png                  # the losses of all runs (needs matplotlib)
 
 Every run continues the student START (a pipeline that was trained with reconstruction alone) with the recipe

@@ -434,8 +434,13 @@ class FilmWriter:
 
     def _add_video(self, container: Any) -> Any:
         """The stream that is encoded."""
+        options = dict(self._options)
+        if self._codec == "libx264" and _has_avx512():
+            # x264 of 2025 (core 165) encodes the same frames to other bits from run to run where its macroblock tree is
+            # computed with AVX-512; a film that was interrupted is to end as one that was not.
+            options["x264-params"] = "asm=avx2"
         try:
-            stream = container.add_stream(self._codec, rate=self.film.rate, options=self._options)
+            stream = container.add_stream(self._codec, rate=self.film.rate, options=options)
         except ValueError as error:  # the codec is unknown
             raise ValueError(f"this PyAV has no {self._codec}, which {self.path} needs.") from error
         stream.height, stream.width = self.size
@@ -764,10 +769,7 @@ def _encoder(muxer: str, deep: bool, size: tuple[int, int], quality: int) -> tup
     if deep:
         parameters = f"log-level=none:rc-lookahead={ahead}:bframes=3"
         return "libx265", pixel_format, {"crf": str(factor), "preset": "medium", "x265-params": parameters}
-    options = {"crf": str(factor), "preset": "medium", "rc-lookahead": str(ahead)}
-    # x264 of 2025 (core 165) encodes the same frames to other bits from run to run where its macroblock tree is
-    # computed with AVX-512; a film that was interrupted is to end as one that was not.
-    return "libx264", pixel_format, options | ({"x264-params": "asm=avx2"} if _has_avx512() else {})
+    return "libx264", pixel_format, {"crf": str(factor), "preset": "medium", "rc-lookahead": str(ahead)}
 
 
 def _has_avx512() -> bool:

@@ -21,7 +21,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         # safetensors writes files that only their owner can read; here others may as the umask has it.
         readable = partial.stat().st_mode & 0o666
         for path in partial.rglob("*"):
-            if path.is_file():
+            if path.is_file() and not path.is_symlink():
                 path.chmod(path.stat().st_mode | readable)
         if output.exists():
             os.replace(output, retired)

@@ -299,7 +299,7 @@ class DistillConfig:
             names = ", ".join(Phase.PICTURES)
             raise ConfigError(f"vae_decoder full needs a term that looks at pictures: give one of {names} a weight.")
         if self.uses(*Phase.ADVERSARIAL):
-            self.check_judged(min([self.resolution, *(self.other_resolutions or {})]))
+            self.check_judged(self.resolution)
 
     def phase_at(self, step: int) -> tuple[Phase, float]:
         """The phase of step `step` (from 0) and how far through it that is, 0..1; the last phase never ends."""

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..imaging import find_images
-from .config import ConfigError, DistillConfig
+from .config import ConfigError, DistillConfig, Phase
 from .data import BatchSettings, Folder, Pairs, PreparedShards, Streamed, split_photographs, training_batches
 from .data.sources import DATASET_FILE, NULL_PROMPT_FILE
 from .families import Prompt
@@ -50,7 +50,7 @@ def batch_settings(config: DistillConfig) -> BatchSettings:
         ConfigError: for crops that cannot be cut so.
     """
     try:
-        return BatchSettings(
+        settings = BatchSettings(
             train_batch_size=config.train_batch_size,
             resolution=config.resolution,
             scale=config.scale,
@@ -62,6 +62,9 @@ def batch_settings(config: DistillConfig) -> BatchSettings:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.uses(*Phase.ADVERSARIAL):
+        config.check_judged(min(settings.resolutions))
+    return settings
 
 
 def open_photographs(config: DistillConfig) -> Photographs:

@@ -30,6 +30,15 @@ def test_weights_can_be_read_by_whom_the_system_lets(tmp_path, umask, mask, mode
     assert (tmp_path / "out" / "run.sh").stat().st_mode & 0o777 == mode | 0o700
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_what_is_only_linked_to_is_left_alone(tmp_path, umask):
+    umask(0o022)
+    (tmp_path / "mine").touch(mode=0o600)
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "link").symlink_to(tmp_path / "mine")
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+
+
 def test_nothing_is_left_of_what_failed(tmp_path):
     with pytest.raises(KeyError), whole_folder(tmp_path / "new" / "out") as folder:
         (folder / "half").touch()

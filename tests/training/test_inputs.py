@@ -14,7 +14,7 @@ from tsdsr.imaging import Picture, find_images, write
 from tsdsr.training.config import ConfigError
 from tsdsr.training.data import BatchSettings, Folder, Pairs, PreparedShards, load_uint8
 from tsdsr.training.data.prepare import prepare
-from tsdsr.training.inputs import open_photographs, read_batches
+from tsdsr.training.inputs import batch_settings, open_photographs, read_batches
 
 
 @pytest.fixture
@@ -159,3 +159,19 @@ def test_what_shows_only_while_reading_is_a_sentence_too(open_, tmp_path):
     batches = read_batches(found.source, BatchSettings(train_batch_size=1, resolution=32), stop=1)
     with pytest.raises(ConfigError, match="smaller than crops of 32x32"):
         next(batches)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"64": [0.5, 1]}, "other_resolutions must hold sides of crops"),
+        ({8: [0.5, 1]}, "needs crops of at least 16 pixels, not 8"),
+    ],
+)
+def test_other_crops_that_cannot_be_used(config, tmp_path, others, message):
+    settings = config(tmp_path, resolution=32, adversarial=0.1, discriminator_layers=4)
+    settings.other_resolutions = others
+    with pytest.raises(ConfigError, match=message):
+        batch_settings(settings)
+    settings.other_resolutions = {16: [0.5, 1]}
+    assert batch_settings(settings).resolutions == [32, 16]

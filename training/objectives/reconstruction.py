@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,11 +28,6 @@ def gradient_l1(output: Tensor, target: Tensor) -> Tensor:
 def frequency_l1(output: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the orthonormal 2-D Fourier transforms, (B, C, H, W)."""
     return (torch.fft.rfft2(output, norm="ortho") - torch.fft.rfft2(target, norm="ortho")).abs().mean()
-
-
-def _unit(maps: Tensor) -> Tensor:
-    """(B, C, H, W) divided by its length over the channels; a product, whose gradient is cheaper than a quotient's."""
-    return maps * maps.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 class EncoderFeatureDistance(torch.nn.Module):
@@ -63,7 +59,7 @@ class EncoderFeatureDistance(torch.nn.Module):
         """Maps of (B, 3, H, W) in -1..1, each normalised over its channels."""
         self._maps.clear()
         self.encoder(images)
-        maps = [_unit(found.float()) for found in self._maps]
+        maps = [F.normalize(found.float(), dim=1) for found in self._maps]
         self._maps.clear()
         return maps
 
