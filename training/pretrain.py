@@ -6,7 +6,6 @@ does it first where a recipe says so; alone, into `output_dir/base`:
     python -m tsdsr.training.pretrain --config RECIPE --train_data_dir PHOTOGRAPHS --output_dir runs/teacher
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -245,11 +244,6 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
                 prompt_embeddings=prompt.cpu(),
                 use_shift_factor=config.use_shift_factor,
             ).save_pretrained(partial)
-            # AutoencoderTiny saves a value that its own loader then calls unexpected.
-            path = partial / "vae" / "config.json"
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values.pop("block_out_channels", None)
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if photographs.validation:
             base = Base(RectifiedFlow(scheduler), transformer, vae, prompt, None)
             show_teacher(base, config, photographs, settings.teacher.resolution)
