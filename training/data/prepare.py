@@ -147,7 +147,7 @@ def prepare(
         "photographs": len(source),
         # Two folders or models of one name must not be mixed.
         "photographs_sha256": hashlib.sha256(listing.encode()).hexdigest()[:16],
-        "vae_sha256": _fingerprint(vae),
+        "vae_sha256": vae_fingerprint(vae),
     }
     facts = {"format": 1, "model": str(model), "settings": settings}
     _open_output(output_dir, facts)
@@ -231,7 +231,8 @@ def _load_vae(name: str, use_shift_factor: bool | None) -> tuple[Any, float]:
     return vae, (vae.config.get("shift_factor") or 0.0) if use_shift_factor else 0.0
 
 
-def _fingerprint(vae: Any) -> str:
+def vae_fingerprint(vae: Any) -> str:
+    """16 letters that differ for VAEs whose latents differ; of one on the CPU in float32."""
     digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for key, tensor in sorted(vae.state_dict().items()):
         if key.startswith(("encoder", "quant_conv")):
