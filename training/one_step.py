@@ -111,7 +111,9 @@ class OneStepModel:
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32, transformer: bool = True) -> "OneStepModel":
         """Move it, by default with its transformer; returns itself."""
         for network in {self.vae, self.plain_vae, *([self.transformer] if transformer else [])}:
-            network.to(device, dtype)
+            network.to(device)
+            if network.dtype != dtype:
+                network.to(dtype)
         self.dtype = dtype
         return self
 
@@ -141,11 +143,12 @@ class OneStepModel:
         return decoded(self.vae, latents, self.shift)
 
     def fingerprint(self) -> str:
-        """16 letters that differ for models whose targets differ."""
+        """16 letters that differ for models whose targets differ; of one that nobody has moved or cast."""
         digest = hashlib.sha256(repr((self.family.timestep, self.scaling, self.shift)).encode())
         for network in (self.vae, self.transformer, self.prompt):
             for name, tensor in sorted(network.state_dict().items()):
-                digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+                digest.update(name.encode())
+                digest.update(tensor.float().cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
 

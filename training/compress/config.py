@@ -109,6 +109,7 @@ class EncoderStage(CompressStage, Half):
     """Stage A: the tiny encoder learns the latents of the base's own one."""
 
     steps: int = 100_000
+    learning_rate: float = 3e-4
     separable: bool = True
     pictures: str = "lq"  # what it is trained on: lq, enlarged, as published; or hq
 
@@ -123,6 +124,7 @@ class DecoderStage(CompressStage, Half):
     """Stage B: the tiny decoder makes pictures of the latents that the base's own encoder gives the HQ ones."""
 
     steps: int = 200_000
+    learning_rate: float = 5e-4
     pixel_l1: float = 0.0
     gradient_l1: float = 0.0
     encoder_features: float = 3.0
@@ -381,9 +383,15 @@ class CompressConfig:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are not defaults, and all sections, as a recipe would say them; without the model."""
+        """The settings that are not defaults, as a recipe would say them; without the model."""
         said = {name: value for name, value in self.run.to_dict().items() if name in SHARED}
-        return {**said, **{name: None if (s := getattr(self, name)) is None else asdict(s) for name in SECTIONS}}
+        for name, kind in SECTIONS.items():
+            stage, default = getattr(self, name), asdict(kind())
+            if stage is None:
+                said[name] = None
+            elif changed := {key: value for key, value in asdict(stage).items() if value != default[key]}:
+                said[name] = changed
+        return said
 
 
 def parse(arguments: Sequence[str] | None = None, description: str = "") -> CompressConfig:

@@ -31,7 +31,20 @@ from ..stage import changed_settings
 from .config import STAGES, CompressConfig
 from .counts import counts, in_words
 from .networks import trains_vae
-from .stages import FOLDERS, SEARCH, Run, Write, decoder, encoder, pruned, refine, restore, search, write_counts
+from .stages import (
+    FOLDERS,
+    SEARCH,
+    Run,
+    Write,
+    decoder,
+    encoder,
+    pruned,
+    refine,
+    restore,
+    save_pipeline,
+    search,
+    write_counts,
+)
 
 logger = logging.getLogger("tsdsr.training")
 
@@ -134,7 +147,7 @@ def bake(run: Run) -> Write:
     pipeline.to(dtype=DTYPES[config.bake.dtype])
 
     def write(folder: Path) -> None:
-        pipeline.save_pretrained(folder)
+        save_pipeline(pipeline, folder)
         write_counts(folder, before, after)
         depth = len(teacher.transformer.transformer_blocks)
         kept, how = list(range(depth)), "all"

@@ -5,13 +5,14 @@ F restore what that cost.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,7 +48,7 @@ FOLDERS = {
     "refine": "6_refined",
     "bake": "model",
 }
-SEARCH, SEARCH_WEIGHTS, COUNTS = "search.json", "search.safetensors", "counts.json"
+SEARCH, SEARCH_WEIGHTS, COUNTS, MODEL = "search.json", "search.safetensors", "counts.json", "compressed_model.json"
 Write = Callable[[Path], None]
 
 
@@ -61,6 +62,7 @@ class Run:
     def __init__(self, config: CompressConfig):
         self.config, self.output_dir = config, Path(config.run.output_dir)
         self._photographs: Photographs | None = None
+        self._model: str | None = None
 
     def folder(self, stage: str) -> Path:
         """Where a stage's result lies, or will."""
@@ -85,8 +87,15 @@ class Run:
         )
 
     def teacher(self) -> OneStepModel:
-        """The model that is compressed, loaded anew: stages change it. Raises a `ConfigError`."""
+        """The model that is compressed, loaded anew: stages change it.
+
+        Raises:
+            ConfigError: if it cannot be loaded or does not fit the settings, or if the folder holds stages of another.
+        """
         found = OneStepModel.load(self.config.model)
+        if self._model is None:
+            self._model = found.fingerprint()
+            self._check_model(found.name, self._model)
         for name, stage in self.config.trained().items():
             for side in stage.batches(self.config.run, name).resolutions:
                 if side % found.size_multiple:
@@ -96,6 +105,17 @@ class Run:
                     )
         check_vae(self.config, found)
         return found
+
+    def _check_model(self, name: str, fingerprint: str) -> None:
+        file = self.output_dir / MODEL
+        known = json.loads(file.read_text(encoding="utf-8"))["sha256"] if file.is_file() else fingerprint
+        if known != fingerprint:
+            raise ConfigError(f"{self.output_dir} holds stages of another model than {name}: name another output_dir.")
+        if PartialState().is_main_process and not file.is_file():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps({"model": name, "sha256": fingerprint}) + "\n", encoding="utf-8")
+            os.replace(partial, file)
 
     def photographs(self, name: str, stage: CompressStage, teacher: OneStepModel) -> Photographs:
         """What a stage is trained on.
@@ -350,7 +370,7 @@ def pruned(run: Run) -> Write:
     )
 
     def write(folder: Path) -> None:
-        pipeline_of(teacher, teacher.vae, baked).save_pretrained(folder)
+        save_pipeline(pipeline_of(teacher, teacher.vae, baked), folder)
         write_counts(folder, before, counts(teacher.vae, baked))
 
     return write
@@ -414,6 +434,15 @@ def pipeline_of(teacher: OneStepModel, vae: Any, transformer: Any) -> TSDSRPipel
     return pipeline
 
 
+def save_pipeline(pipeline: TSDSRPipeline, folder: Path) -> None:
+    """As `save_pretrained` does it, without the places on this machine that its parts were read from."""
+    pipeline.save_pretrained(folder)
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def write_counts(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Write counts.json: the model that was compressed, and what became of it."""
     text = json.dumps({"before": before, "after": after}, indent=1)
@@ -436,7 +465,7 @@ def _write_student(run: Run, student: Student, teacher: OneStepModel, vae: Any) 
     before = counts(teacher.vae, teacher.transformer, teacher.prompt.config.sequence_length)
 
     def write(folder: Path) -> None:
-        pipeline_of(teacher, vae, transformer).save_pretrained(folder)
+        save_pipeline(pipeline_of(teacher, vae, transformer), folder)
         write_counts(folder, before, counts(vae, transformer))
 
     return write
