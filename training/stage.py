@@ -246,7 +246,7 @@ def run_stage(
                     judged.append((made.output.detach(), made.hq))
                 if report is not None:
                     report.skipped(batch["skipped"])
-                    report.add(made.terms)
+                    report.add(made.terms | ({} if against is None else against.unweighted(terms)))
                 watch.tick(world * len(batch["hq"]))
             norm = accelerator.clip_grad_norm_(weights, MAX_GRAD_NORM)
             if norm is not None and accelerator.scaler is None:
@@ -266,10 +266,11 @@ def run_stage(
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{sum(losses) / accumulation:.4f}")
-            finished, stopping = step == stage.steps, stop.requested()
+            finished = step == stage.steps
             if report is not None and (step % config.logging_steps == 0 or finished):
                 rates = {"images_per_second": watch.rate(), "learning_rate": schedule.get_last_lr()[0]}
                 report.log(step, task.name, **rates, **task.facts(progress))
+            stopping = stop.requested()
             if step % checkpointing_steps == 0 or finished or stopping:
                 running = report.running() if report is not None else {}
                 everywhere = gather_object([position]) if position is not None else None
@@ -285,7 +286,7 @@ def run_stage(
         stop.close()
     if report is not None:
         report.close()
-    if step < stage.steps:
+    if stopping:  # also after the last step, because what comes next is another stage
         raise Stopped(
             f"Stopped as asked to, after step {step} of {task.name}; --resume_from_checkpoint latest goes on."
         )
@@ -359,6 +360,10 @@ class Adversary:
         assert output is not None and hq is not None
         terms = adversarial_terms(self._config, {"adversarial": 1.0}, self._discriminator.judge, output, hq)
         return self._weight * terms["adversarial"]
+
+    def unweighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `loss` gave, for the log, where other terms are without their weights."""
+        return {"adversarial": terms["adversarial"].detach() / self._weight}
 
     def learn(self, output: Tensor, hq: Tensor) -> dict[str, Tensor]:
         """It learns from the same pictures; returns its losses, unweighted."""

@@ -59,6 +59,7 @@ DECISIVE = (
     "adversarial_loss",
     "r1_weight",
 )
+SOURCES = ("train_data_dir", "dataset_name", "data_files")
 LEARNED = ("tinysr", "tinyfusion")
 METHODS = (*LEARNED, *BASELINES, "block_influence", "given")
 
@@ -343,7 +344,12 @@ class CompressConfig:
                 sections[name].check(f"{name}.")
         shared = {name: values[name] for name in SHARED if name in values}
         # What only a distillation asks for.
-        filled = {"pretrained_model_name_or_path": values["model"], "phases": [Phase(steps=1, tsd=[0.0])]}
+        filled: dict[str, Any] = {
+            "pretrained_model_name_or_path": values["model"],
+            "phases": [Phase(steps=1, tsd=[0.0])],
+        }
+        if not {*names} - {"prune", "bake"} and not any(shared.get(name) for name in SOURCES):
+            filled["train_data_dir"] = "."  # which nobody looks at
         scale = shared.get("scale", 4)
         filled["resolution"] = 4 * int(scale) if isinstance(scale, int | float) and scale >= 1 else 4  # of no stage
         run = typed_as(DistillConfig, {**filled, **shared})
