@@ -199,7 +199,7 @@ def test_a_run_in_pieces_makes_what_an_unbroken_one_makes(words, tmp_path, monke
         assert not (tmp_path / "again" / FOLDERS[name]).exists()
     assert compress(parse(words(tmp_path / "again", *resume))) == tmp_path / "again" / "model" and not deaths
     whole = weights(tmp_path / "whole")
-    assert len(whole) == 12
+    assert len(whole) == 11
     assert_equal(weights(tmp_path / "again"), whole)
     for name in LEARNING:
         steps = [line["step"] for line in lines(tmp_path / "again" / FOLDERS[name])]
