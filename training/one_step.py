@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..models.fast_layers import use_fast_layers
 from ..models.licences import licence_of
 from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.loading import find_model, load_pipeline
@@ -70,6 +71,8 @@ class OneStepModel:
                 plain = type(plain).from_pretrained(
                     folder, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
                 )
+                use_fast_layers(plain)  # as the pipeline's own is
+                plain.to(memory_format=torch.channels_last)
                 pipeline.fuse_lora()
                 pipeline.unload_lora_weights()
         except ConfigError:

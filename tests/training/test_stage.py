@@ -22,6 +22,7 @@ from tsdsr.training.stage import Adversary, Made, Stage, Task, changed_settings,
 @pytest.fixture
 def flat(tmp_path):
     """Eight pictures of one colour each, so that all crops of one are alike."""
+    (tmp_path / "flat").mkdir()
     for index in range(8):
         colour = np.random.default_rng(index).random((1, 1, 3), dtype=np.float32)
         write(Picture(np.broadcast_to(colour, (16, 16, 3)).copy()), tmp_path / "flat" / f"{index}.png")

@@ -188,6 +188,12 @@ class SearchStage(CompressStage):
         """Temperature and scaling over the search."""
         return Annealing(self.tau, self.scaling)
 
+    def blocks(self) -> list[int]:
+        """The blocks that are given. Raises a `ConfigError` where they are no numbers."""
+        if not all(type(block) is int for block in self.kept or ()):
+            raise ConfigError(f"search.kept must list numbers of blocks, not {self.kept}.")
+        return list(self.kept or ())
+
     def layout(self, depth: int) -> tuple[Group, ...]:
         """The groups of a transformer of `depth` blocks.
 

@@ -65,6 +65,7 @@ def compress(config: CompressConfig) -> Path:
     """
     run = Run(config)
     check_output(run)
+    run.check()
     place = make_accelerator(config.run)  # those of the stages share its state
     for name in config.stages:
         if run.folder(name).is_dir():
@@ -138,7 +139,7 @@ def write_whole(run: Run, name: str, write: Write) -> None:
 def bake(run: Run) -> Write:
     """The last of the stages as a model: pipeline, card and counts."""
     config, teacher = run.config, run.teacher()
-    place = run.result("prune", "restore", "refine", for_stage="bake")
+    place = run.result("prune", "restore", "refine")
     pipeline = TSDSRPipeline.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True)
     if place != run.folder("refine") and trains_vae(config):
         pipeline.register_modules(vae=run.vae(teacher))

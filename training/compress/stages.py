@@ -48,6 +48,13 @@ FOLDERS = {
     "refine": "6_refined",
     "bake": "model",
 }
+# Stages whose results another one begins with.
+BEGINS_WITH = {
+    "prune": ("search",),
+    "restore": ("prune",),
+    "refine": ("prune", "encoder", "decoder"),
+    "bake": ("prune", "encoder", "decoder"),
+}
 SEARCH, SEARCH_WEIGHTS, COUNTS, MODEL = "search.json", "search.safetensors", "counts.json", "compressed_model.json"
 Write = Callable[[Path], None]
 
@@ -72,19 +79,40 @@ class Run:
         """Where its checkpoints and its log lie until then."""
         return self.output_dir / "checkpoints" / FOLDERS[stage]
 
-    def result(self, *stages: str, for_stage: str) -> Path:
-        """The folder of the last of these stages that is there.
+    def result(self, *stages: str) -> Path:
+        """The folder of the last of these stages that is there; `check` saw to it that one is."""
+        there = [name for name in stages if getattr(self.config, name) is not None and self.folder(name).is_dir()]
+        return self.folder(there[-1])
+
+    def check(self) -> None:
+        """What would come to light only after hours.
 
         Raises:
-            ConfigError: if none is.
+            ConfigError: if a stage begins with what is not there, for a model or photographs that cannot be used, for
+                groups, blocks or a tiny VAE that do not fit the model, and where LPIPS cannot be had.
         """
-        for name in reversed(stages):
-            if self.folder(name).is_dir():
-                return self.folder(name)
-        raise ConfigError(
-            f"The stage {for_stage} begins with what {stages[-1]} leaves, and {self.folder(stages[-1])} is not there: "
-            f"run that stage first (--stages {stages[-1]} {for_stage})."
-        )
+        config = self.config
+        for name in config.stages:
+            for needed in BEGINS_WITH.get(name, ()):
+                made = needed in config.stages or self.folder(needed).is_dir()
+                if getattr(config, needed) is not None and not made:
+                    raise ConfigError(
+                        f"The stage {name} begins with what {needed} leaves, and {self.folder(needed)} is not there: "
+                        f"run that stage too (--stages {needed} {name})."
+                    )
+        teacher = self.teacher()
+        depth = len(teacher.transformer.transformer_blocks)
+        if config.search is not None:
+            config.search.layout(depth)
+            if config.search.method == "given":
+                layer_mask(config.search.blocks(), depth)
+        if trains_vae(config):
+            tiny_vae(config, teacher)
+        for name, stage in config.trained().items():
+            if name in config.stages:
+                self.photographs(name, stage, teacher)
+                if getattr(stage, "lpips", 0):
+                    lpips(torch.device("cpu"))
 
     def teacher(self) -> OneStepModel:
         """The model that is compressed, loaded anew: stages change it.
@@ -139,7 +167,7 @@ class Run:
         vae = tiny_vae(self.config, teacher)
         for name in ("encoder", "decoder"):
             if getattr(self.config, name) is not None:
-                trained = load_file(self.result(name, for_stage="bake") / "diffusion_pytorch_model.safetensors")
+                trained = load_file(self.result(name) / "diffusion_pytorch_model.safetensors")
                 own = {key.removeprefix(f"{name}."): t for key, t in trained.items() if key.startswith(f"{name}.")}
                 getattr(vae, name).load_state_dict(own)
         return vae
@@ -302,10 +330,7 @@ def _chosen(run: Run, stage: SearchStage) -> Write:
     keep = sum(group.keep for group in groups)
     found: dict[str, Any] = {"groups": [[group.size, group.keep] for group in groups]}
     if stage.method == "given":
-        try:
-            found = {"mask": layer_mask([int(block) for block in stage.kept or ()], depth)}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"search.kept cannot be used ({error}).") from error
+        found = {"mask": layer_mask(stage.blocks(), depth)}
     elif stage.method in BASELINES:
         found["mask"] = BASELINES[stage.method](depth, keep)
     else:
@@ -348,7 +373,7 @@ def pruned(run: Run) -> Write:
     before = counts(teacher.vae, teacher.transformer, teacher.prompt.config.sequence_length)
     mask = torch.ones(depth)
     if run.config.search is not None:
-        place = run.result("search", for_stage="prune")
+        place = run.result("search")
         mask = torch.tensor(json.loads((place / SEARCH).read_text(encoding="utf-8"))["mask"])
         if len(mask) != depth:
             raise ConfigError(f"{place} is of a transformer with {len(mask)} blocks, but {teacher.name} has {depth}.")
@@ -378,7 +403,7 @@ def pruned(run: Run) -> Write:
 
 def restore(run: Run) -> Write:
     """E: mean |z_stu - z_tea|, both from z_L."""
-    place = run.result("prune", for_stage="restore")
+    place = run.result("prune")
     training = Training(run, "restore")
     student = Student(_transformer(place), training.stage)
     _checkpoint_gradients(run, student)
@@ -394,7 +419,7 @@ def restore(run: Run) -> Write:
 
 def refine(run: Run) -> Write:
     """F: mean |z_stu - z_tea|, terms of D(z_stu) against x_HR, a discriminator; z_stu of the tiny encoder's latents."""
-    place = run.result("prune", "restore", for_stage="refine")
+    place = run.result("prune", "restore")
     training = Training(run, "refine")
     targets, teacher, stage = training.targets, training.teacher, training.stage
     terms_of = training.picture_terms()

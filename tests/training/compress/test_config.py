@@ -35,7 +35,8 @@ def test_the_published_numbers():
     rates = [config.run_of(name, "x").discriminator_learning_rate for name in ("decoder", "refine")]
     assert rates == [1e-5, 5e-6] and config.run.seed == 80
     assert config.encoder.separable and not config.decoder.separable and config.prune.text_stream == "none"
-    assert config.search.layout(24) == even_groups(24, 4, 2) and config.search.annealing().at(1.0) == (0.1, 100.0)
+    assert config.search.layout(24) == even_groups(24, 4, 2)
+    assert config.search.annealing().at(1.0) == pytest.approx((0.1, 100.0))
 
 
 def test_what_is_typed_wins(tmp_path):

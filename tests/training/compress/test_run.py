@@ -236,6 +236,13 @@ def test_a_checkpoint_is_not_resumed_with_other_settings(words, tmp_path, monkey
         compress(parse(words(tmp_path, *resumed)))
 
 
+def test_half_a_tiny_vae_beside_a_kl_autoencoder(words, tmp_path):
+    flags = words(tmp_path, "--decoder", "null")
+    flags = [word for index, word in enumerate(flags) if not flags[index - index % 2].startswith("--decoder.")]
+    with pytest.raises(ConfigError, match="the decoder of an AutoencoderKL cannot be half of a tiny VAE: train both"):
+        compress(parse(flags))
+
+
 def test_another_model_is_not_mixed_in(words, tmp_path, make_pipeline):
     compress(parse(words(tmp_path / "out", "--search.method", "ends", "--stages", "search")))
     make_pipeline("kl").save_pretrained(tmp_path / "other")
