@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +47,7 @@ class Stage:
     lr_scheduler: str = "cosine"
     adam_beta2: float = 0.99
 
-    COUNTS = ("steps", "train_batch_size", "resolution", "gradient_accumulation_steps")
+    COUNTS: ClassVar[tuple[str, ...]] = ("steps", "train_batch_size", "resolution", "gradient_accumulation_steps")
 
     def check(self, place: str) -> None:
         """Raises a `ConfigError` for numbers that cannot be used; `place` is what their names begin with."""
@@ -242,7 +242,7 @@ def run_stage(
                         check_finite(f"The loss {name}", term.detach())
                     accelerator.backward(loss)
                 losses.append(float(loss.detach()))
-                if against is not None:
+                if against is not None and made.output is not None:
                     judged.append((made.output.detach(), made.hq))
                 if report is not None:
                     report.skipped(batch["skipped"])

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -169,7 +169,7 @@ class SearchStage(CompressStage):
     encoder_features: float = 0.0
     lpips: float = 0.0
 
-    COUNTS = (*CompressStage.COUNTS, "group_size", "batches_watched")
+    COUNTS: ClassVar[tuple[str, ...]] = (*CompressStage.COUNTS, "group_size", "batches_watched")
 
     def check(self, place: str) -> None:
         super().check(place)
@@ -235,7 +235,7 @@ class StudentStage(CompressStage):
     rank: int = 64
     latent_l1: float = 1.0
 
-    COUNTS = (*CompressStage.COUNTS, "rank")
+    COUNTS: ClassVar[tuple[str, ...]] = (*CompressStage.COUNTS, "rank")
 
     def check(self, place: str) -> None:
         super().check(place)
@@ -341,7 +341,7 @@ class CompressConfig:
         for name in names if isinstance(names, list) else [names]:
             if name not in STAGES:
                 raise ConfigError(f"stages are {', '.join(STAGES)}, not {name}.")
-        sections = {}
+        sections: dict[str, Any] = {}
         for name, kind in SECTIONS.items():
             said = values.get(name, {})
             sections[name] = None
@@ -375,15 +375,13 @@ class CompressConfig:
     def run_of(self, name: str, folder: Path) -> DistillConfig:
         """The shared settings for one stage: with its crops, rates and folder."""
         stage: Any = getattr(self, name)
-        more = (
-            {"discriminator_learning_rate": rate} if (rate := getattr(stage, "discriminator_learning_rate", 0)) else {}
-        )
+        rate = getattr(stage, "discriminator_learning_rate", self.run.discriminator_learning_rate)
         return replace(
             self.run,
             output_dir=str(folder),
             resolution=stage.resolution,
             gradient_accumulation_steps=stage.gradient_accumulation_steps,
-            **more,
+            discriminator_learning_rate=rate,
         )
 
     def settings_of(self, names: Sequence[str]) -> dict[str, Any]:
@@ -471,6 +469,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
         if name not in ("prune", "bake"):
             group.add_argument(f"--{name}", type=_yaml, metavar="null", help="leave this stage out")
         for item in fields(section_kind):
-            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc, operator]
             group.add_argument(f"--{name}.{item.name}", type=_yaml, metavar="VALUE", help=f"default: {default}")
     return parser
