@@ -43,7 +43,7 @@ class Toy(nn.Module):
 def train(flat, tmp_path):
     """A function that trains a toy to turn colours around: `train(name, stage settings, **more)`; returns the toy."""
 
-    def go(name, resume=False, about=None, judged=False, spoil=None, **settings):
+    def go(name, resume=False, about=None, judged=False, spoil=None, weights=(2.0, 0.0), **settings):
         stage = Stage(**{"steps": 3, "train_batch_size": 2, "resolution": 8, "warmup_steps": 0, **settings})
         config = DistillConfig(
             pretrained_model_name_or_path="x",
@@ -62,14 +62,15 @@ def train(flat, tmp_path):
             output = model(hq)
             loss = (output + hq).square().mean()
             go.terms.append((progress, len(hq)))
-            yield Made({"turned": loss if spoil is None else spoil(loss)}, output, hq)
+            kept = (output - hq).square().mean()
+            yield Made({"turned": loss if spoil is None else spoil(loss), "kept": kept}, output, hq)
 
         adversary = None
         if judged:
             torch.manual_seed(1)
             adversary = Adversary(config, PatchDiscriminator(4, 2).eval(), 0.1, begins=0.5)
         run_stage(
-            Task("toy", toy, terms, {"turned": 2.0}, adversary),
+            Task("toy", toy, terms, dict(zip(("turned", "kept"), weights, strict=True)), adversary),
             stage,
             stage.batches(config, "toy"),
             config,
@@ -100,6 +101,29 @@ def test_progress_and_log(train, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3] and all(line["phase"] == "toy" for line in log)
     assert log[-1]["turned"] < log[0]["turned"] and log[-1]["learning_rate"] < log[0]["learning_rate"]
+
+
+@pytest.mark.parametrize(("weights", "falls"), [((1.0, 0.0), "turned"), ((0.0, 1.0), "kept")])
+def test_weights_say_which_terms_count(train, tmp_path, weights, falls):
+    """The two want opposite things; both are logged, without their weights."""
+    train("run", weights=weights, learning_rate=0.02, train_batch_size=8)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    change = {name: log[-1][name] - log[0][name] for name in ("turned", "kept")}
+    assert change[falls] < 0 and change[falls] == min(change.values())
+
+
+def test_an_adversary_is_listened_to(train):
+    """Its loss is the weighted hinge loss, falling with what the discriminator likes, to the pictures alone."""
+    config = DistillConfig(pretrained_model_name_or_path="x", train_data_dir="x", phases=[], max_train_steps=1)
+    judge = PatchDiscriminator(4, 2).eval()
+    adversary = Adversary(config, judge, 0.3, begins=0.25)
+    pictures = torch.rand(2, 3, 8, 8).requires_grad_(True)
+    loss = adversary.loss(pictures, torch.rand(2, 3, 8, 8))
+    torch.testing.assert_close(loss, -0.3 * judge(pictures).mean())
+    loss.backward()
+    assert pictures.grad.abs().max() > 0 and all(weight.grad is None for weight in judge.parameters())
+    assert float(adversary.unweighted({"adversarial": loss})["adversarial"]) == pytest.approx(float(loss) / 0.3)
+    assert [adversary.begin(steps) for steps in (4, 5, 8)] == [1, 2, 2]
 
 
 def test_a_checkpoint_holds_what_is_trained(train, tmp_path):

@@ -236,6 +236,33 @@ def test_a_checkpoint_is_not_resumed_with_other_settings(words, tmp_path, monkey
         compress(parse(words(tmp_path, *resumed)))
 
 
+def test_half_precision(words, tmp_path, monkeypatch):
+    """What is frozen computes in it, what is trained stays in float32."""
+    seen, real = set(), torch.nn.functional.linear
+
+    def linear(x, *given):
+        result = real(x, *given)
+        seen.add(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    more = ("--mixed_precision", "bf16", "--gradient_checkpointing", "--search.encoder_features", 0.1)
+    compress(
+        parse(
+            words(tmp_path, *more, "--restore.train_type", "full", "--search.gradient_accumulation_steps", 2, steps=1)
+        )
+    )
+    assert torch.bfloat16 in seen
+    for name in ("1_encoder", "2_decoder", "3_search", "4_pruned", "5_restored", "6_refined"):
+        assert {t.dtype for file in weights(tmp_path / name).values() for t in file.values()} == {torch.float32}
+    made = [
+        load_file(tmp_path / name / "vae/diffusion_pytorch_model.safetensors") for name in ("4_pruned", "5_restored")
+    ]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    kinds = {tensor.dtype for file in weights(tmp_path / "model").values() for tensor in file.values()}
+    assert kinds == {torch.float16}
+
+
 def test_half_a_tiny_vae_beside_a_kl_autoencoder(words, tmp_path):
     flags = words(tmp_path, "--decoder", "null")
     flags = [word for index, word in enumerate(flags) if not flags[index - index % 2].startswith("--decoder.")]
