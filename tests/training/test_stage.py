@@ -103,13 +103,13 @@ def test_progress_and_log(train, tmp_path):
     assert log[-1]["turned"] < log[0]["turned"] and log[-1]["learning_rate"] < log[0]["learning_rate"]
 
 
-@pytest.mark.parametrize(("weights", "falls"), [((1.0, 0.0), "turned"), ((0.0, 1.0), "kept")])
-def test_weights_say_which_terms_count(train, tmp_path, weights, falls):
+def test_weights_say_which_terms_count(train, tmp_path):
     """The two want opposite things; both are logged, without their weights."""
-    train("run", weights=weights, learning_rate=0.02, train_batch_size=8)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    change = {name: log[-1][name] - log[0][name] for name in ("turned", "kept")}
-    assert change[falls] < 0 and change[falls] == min(change.values())
+    ends = []
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        train(str(weights), weights=weights, learning_rate=0.02, train_batch_size=8)
+        ends.append(json.loads((tmp_path / str(weights) / "log.jsonl").read_text().splitlines()[-1]))
+    assert ends[0]["turned"] < ends[1]["turned"] - 0.01 and ends[1]["kept"] < ends[0]["kept"] - 0.01
 
 
 def test_an_adversary_is_listened_to(train):
