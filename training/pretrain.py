@@ -133,6 +133,8 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
 
     Raises:
         ConfigError: for settings that cannot be used.
+        TrainingError: if a loss or gradient is no longer finite.
+        Stopped: if the run was asked to stop (SIGTERM); a checkpoint was written.
         OSError: if a checkpoint or the result cannot be written.
     """
     settings = PretrainConfig.from_dict(config.pretrain or {})
