@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bake, compare, convert, embed, evaluate, info, prepare, push, upscale
+from . import bake, compare, compress, convert, embed, evaluate, info, prepare, push, upscale
 from .several import SeveralValues
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("bake")(bake.bake)
 app.command("info")(info.info)
 app.command("prepare")(prepare.prepare)
 app.command("embed")(embed.embed)
+app.command("compress", add_help_option=False, context_settings=compress.SETTINGS)(compress.compress)
 app.command("push")(push.push)
 app.command("evaluate", cls=SeveralValues)(evaluate.evaluate)
 app.command("compare", cls=SeveralValues)(compare.compare)

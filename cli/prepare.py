@@ -38,6 +38,11 @@ def prepare(
     batch_size: Annotated[int | None, typer.Option(help="Crops that are encoded at once.")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Processes that read and cut.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    targets: Annotated[
+        bool,
+        typer.Option("--targets", help="Also store degraded pictures and what the model makes of them (`compress`)."),
+    ] = False,
+    scale: Annotated[int | None, typer.Option(help="With --targets: how much smaller they are.")] = None,
     part: Annotated[
         int | None, typer.Option(help="Number of this process, from 0, where several share the work.")
     ] = None,
@@ -57,6 +62,8 @@ def prepare(
         "device": device,
         "part": part,
         "parts": parts,
+        "targets": targets or None,
+        "scale": scale,
     }
     with one_sentence(debug):
         if model == "embedded" or Path(model).exists():

@@ -128,9 +128,14 @@ def results(metrics: dict[str, Any], where: str | None = None) -> str:
     return f"On {where}:\n\n{table}" if where else table
 
 
-def training(settings: dict[str, Any], recipe: str = "recipe.yaml") -> str:
-    """The command of a run and its settings as a recipe, as Markdown."""
-    command = ["accelerate", "launch", "-m", "tsdsr.training.distill", "--config", recipe]
+def training(
+    settings: dict[str, Any],
+    recipe: str = "recipe.yaml",
+    module: str = "tsdsr.training.distill",
+    more: Iterable[str] = (),
+) -> str:
+    """The command of a run and its settings as a recipe, as Markdown; `more` are arguments that no recipe holds."""
+    command = ["accelerate", "launch", "-m", module, "--config", recipe, *more]
     if settings.get("train_data_dir"):
         command += ["--train_data_dir", "PHOTOGRAPHS"]
     return f"""```sh

@@ -1,5 +1,6 @@
 """How a pipeline is read from other files than its own, saved, and uploaded."""
 
+import json
 import os
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,13 @@ def of_package(module: str) -> ModuleType:
         if error.name != f"{__package__}{module}":
             raise
         raise ImportError("This needs the package tsdsr itself; here is only its code that runs a model.") from error
+
+
+def _drop_unexpected(config: Path) -> None:
+    """AutoencoderTiny saves a value that its own loader then warns of."""
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if "encoder_block_out_channels" in values and values.pop("block_out_channels", None):
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 class TSDSRSavingMixin:
@@ -76,6 +84,7 @@ class TSDSRSavingMixin:
             name: kwargs.pop(name) for name in ("commit_message", "private", "token", "create_pr") if name in kwargs
         }
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        _drop_unexpected(Path(save_directory) / "vae" / "config.json")
         if include_code:
             of_package(".remote_code").write_code(Path(save_directory))
         if push:

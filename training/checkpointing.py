@@ -104,6 +104,10 @@ class Checkpoints:
                 f"{path} is no whole checkpoint (it has no {_PROGRESS}); name another one, or use latest."
             )
         self.accelerator.load_state(str(path))
+        return self.progress(path)
+
+    def progress(self, path: Path) -> dict[str, Any]:
+        """What was saved beside a whole checkpoint, "step" included; nothing is restored."""
         return json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
 
 

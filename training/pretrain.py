@@ -6,11 +6,10 @@ does it first where a recipe says so; alone, into `output_dir/base`:
     python -m tsdsr.training.pretrain --config RECIPE --train_data_dir PHOTOGRAPHS --output_dir runs/teacher
 """
 
-import json
 import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..imaging import draw_rows, write
 from ..models.fast_layers import use_fast_layers
@@ -28,38 +25,18 @@ from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.folders import whole_folder
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import Base
-from .checkpointing import Checkpoints
-from .config import ConfigError, DistillConfig, parse, reason, typed_as
-from .data import BatchSettings
-from .discriminators import Discriminator, make_discriminator
+from .config import ConfigError, DistillConfig, parse, reason
+from .discriminators import make_discriminator
 from .draws import PRETRAINING, draws
 from .families import RectifiedFlow
 from .initialisation import start_as_convolution, start_as_interpolation
 from .inputs import Photographs, open_photographs, read_batches
-from .losses import adversarial_terms, discriminator_terms
 from .objectives import add_noise, frequency_l1, gradient_l1, pixel_l1
-from .optimisation import Average
 from .reporting import command
 from .sampling import STEPS, STRENGTHS, Teacher, restoration_rows, sample_rows
+from .stage import Adversary, Made, Stage, Task, run_stage, section
 
 logger = logging.getLogger("tsdsr.training")
-
-
-@dataclass
-class Stage:
-    """One of the two stages."""
-
-    steps: int
-    learning_rate: float = 1e-3
-    train_batch_size: int = 8
-    resolution: int = 128  # side of the crops, pixels
-    other_resolutions: dict | None = None  # as the run's settings have them
-    warmup_steps: int = 20
-    ema_decay: float = 0.99
-
-    def batches(self, config: DistillConfig) -> BatchSettings:
-        """Settings of its batches. Raises a `ConfigError` for crops that cannot be cut so."""
-        return hq_only(config, self.train_batch_size, self.resolution, self.other_resolutions)
 
 
 @dataclass
@@ -94,35 +71,19 @@ class PretrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
         """Raises a `ConfigError` for settings that are missing, do not exist, or cannot be used."""
         kinds = {"autoencoder": AutoencoderStage, "teacher": Stage}
-        stages = {name: _section(kind, values.get(name), f"{name}.") for name, kind in kinds.items()}
-        settings = _section(cls, {**values, **stages}, "")
-        for place, found, names in (
-            ("", settings, ("prompt_tokens", "checkpointing_steps")),
-            *((f"{name}.", stage, ("steps", "train_batch_size", "resolution")) for name, stage in stages.items()),
-        ):
-            for name in names:
-                if getattr(found, name) < 1:
-                    raise ConfigError(f"pretrain.{place}{name} must be at least 1, not {getattr(found, name)}.")
+        stages = {name: section(kind, values.get(name), f"pretrain.{name}.") for name, kind in kinds.items()}
+        settings = section(cls, {**values, **stages}, "pretrain.")
+        for name in ("prompt_tokens", "checkpointing_steps"):
+            if getattr(settings, name) < 1:
+                raise ConfigError(f"pretrain.{name} must be at least 1, not {getattr(settings, name)}.")
+        for name, stage in stages.items():
+            stage.check(f"pretrain.{name}.")
         for name in ("frequency_l1", "latent_noise", "adversarial", "adversarial_from"):
             value = getattr(settings.autoencoder, name)
             if value < 0 or (name == "adversarial_from" and value > 1):
                 allowed = "from 0 to 1" if name == "adversarial_from" else "at least 0"
                 raise ConfigError(f"pretrain.autoencoder.{name} must be {allowed}, not {value}.")
         return settings
-
-
-def _section(kind: type, values: Any, place: str) -> Any:
-    """A dataclass from a section of the recipe; `place` is what its names begin with."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"pretrain.{place.rstrip('.')} must hold settings and their values, not {values!r}.")
-    known = {item.name: item.default is MISSING and item.default_factory is MISSING for item in fields(kind)}
-    for problem, names in (
-        ("does not exist", [str(name) for name in values if name not in known]),
-        ("is missing", [name for name, needed in known.items() if needed and name not in values]),
-    ):
-        if names:
-            raise ConfigError(f"The setting pretrain.{place}{names[0]} {problem}.")
-    return typed_as(kind, values, f"pretrain.{place}")
 
 
 class RoundTrip(nn.Module):
@@ -172,6 +133,8 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
 
     Raises:
         ConfigError: for settings that cannot be used.
+        TrainingError: if a loss or gradient is no longer finite.
+        Stopped: if the run was asked to stop (SIGTERM); a checkpoint was written.
         OSError: if a checkpoint or the result cannot be written.
     """
     settings = PretrainConfig.from_dict(config.pretrain or {})
@@ -197,11 +160,11 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
                 f"{transformer.config[name]}."
             )
     latent = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
-    for name, stage, multiple in (
+    for name, one, multiple in (
         ("autoencoder", settings.autoencoder, latent),
         ("teacher", settings.teacher, latent * transformer.config.patch_size),
     ):
-        for side in stage.batches(config).resolutions:
+        for side in one.batches(config).resolutions:
             if side % multiple:
                 raise ConfigError(f"pretrain.{name}: sides of crops must be multiples of {multiple}, not {side}.")
     start_as_interpolation(vae)
@@ -212,28 +175,27 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
         torch.randn(1, settings.prompt_tokens, widths[0]), torch.randn(1, widths[1])
     ).requires_grad_(False)
 
-    def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def reconstruct(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Made:
         output = model(hq, settings.autoencoder.latent_noise, generator)
-        return autoencoder_loss(output, hq, settings.gradient_l1, settings.autoencoder.frequency_l1), output
+        loss = autoencoder_loss(output, hq, settings.gradient_l1, settings.autoencoder.frequency_l1)
+        return Made({"autoencoder": loss}, output, hq)
 
-    discriminator = None
-    if settings.autoencoder.adversarial:
-        config.check_judged(min(settings.autoencoder.batches(config).resolutions))
-        discriminator = make_discriminator(config)
+    adversary, stage = None, settings.autoencoder
+    if stage.adversarial:
+        config.check_judged(min(stage.batches(config).resolutions))
+        adversary = Adversary(config, make_discriminator(config), stage.adversarial, stage.adversarial_from)
     autoencoder = RoundTrip(vae).to(memory_format=torch.channels_last)
-    train_stage(
-        "autoencoder", settings.autoencoder, settings, config, photographs, autoencoder, reconstruct, discriminator
-    )
+    train_stage("autoencoder", stage, settings, config, photographs, autoencoder, reconstruct, adversary)
     vae.requires_grad_(False).eval()
     measure_latents(vae, config, photographs, settings.teacher.resolution)
 
-    def match(model: nn.Module, hq: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+    def match(model: nn.Module, hq: Tensor, generator: torch.Generator) -> Made:
         device_prompt = (prompt.prompt_embeds.to(hq.device), prompt.pooled_prompt_embeds.to(hq.device))
         with torch.no_grad():
             latents = (
                 vae.to(hq.device).encode(hq).latents.float() - vae.config.shift_factor
             ) * vae.config.scaling_factor
-        return flow_matching_loss(model, device_prompt, latents, generator), None
+        return Made({"teacher": flow_matching_loss(model, device_prompt, latents, generator)})
 
     train_stage("teacher", settings.teacher, settings, config, photographs, transformer, match)
     if Accelerator().is_main_process:
@@ -245,11 +207,6 @@ def pretrain(config: DistillConfig, photographs: Photographs) -> str:
                 prompt_embeddings=prompt.cpu(),
                 use_shift_factor=config.use_shift_factor,
             ).save_pretrained(partial)
-            # AutoencoderTiny saves a value that its own loader then calls unexpected.
-            path = partial / "vae" / "config.json"
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values.pop("block_out_channels", None)
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if photographs.validation:
             base = Base(RectifiedFlow(scheduler), transformer, vae, prompt, None)
             show_teacher(base, config, photographs, settings.teacher.resolution)
@@ -271,31 +228,12 @@ def show_teacher(base: Base, config: DistillConfig, photographs: Photographs, re
 def measure_latents(vae: AutoencoderTiny, config: DistillConfig, photographs: Photographs, resolution: int) -> None:
     """Set the autoencoder's scaling (and, where it is used, shift) factor, so that latents have variance 1."""
     device = next(vae.parameters()).device
-    batch = next(read_batches(photographs.source, hq_only(config, 16, resolution), stop=1))
+    batch = next(
+        read_batches(photographs.source, Stage(1, train_batch_size=16, resolution=resolution).batches(config), stop=1)
+    )
     latents = vae.encode(batch["hq"].to(device) * 2 - 1).latents
     shift = float(latents.mean()) if config.use_shift_factor else 0.0
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / float((latents - shift).square().mean().sqrt()))
-
-
-def hq_only(
-    config: DistillConfig, train_batch_size: int, resolution: int, other_resolutions: dict | None = None
-) -> BatchSettings:
-    """Settings of batches of which only the HQ pictures are used.
-
-    Raises:
-        ConfigError: for crops that cannot be cut so.
-    """
-    try:
-        return BatchSettings(
-            train_batch_size=train_batch_size,
-            resolution=resolution,
-            scale=config.scale,
-            seed=config.seed,
-            degrade_on="device",  # not at all
-            other_resolutions=other_resolutions or {},
-        )
-    except ValueError as error:
-        raise ConfigError(f"The section pretrain cannot be used ({error}).") from error
 
 
 def train_stage(
@@ -305,95 +243,27 @@ def train_stage(
     config: DistillConfig,
     photographs: Photographs,
     model: nn.Module,
-    loss_of: Callable[[nn.Module, Tensor, torch.Generator], tuple[Tensor, Tensor | None]],
-    discriminator: Discriminator | None = None,
+    terms_of: Callable[[nn.Module, Tensor, torch.Generator], Made],
+    adversary: Adversary | None = None,
 ) -> None:
-    """Minimise the loss of `loss_of(model, hq, generator)`; afterwards the unwrapped model holds the averaged weights.
-
-    A discriminator (in eval mode) joins in after a share of the steps, `stage.adversarial_from`, and judges what
-    pictures `loss_of` gives beside the loss.
-    """
+    """Minimise the terms of `terms_of(model, hq, generator)`; afterwards the model holds the averaged weights."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=stage.warmup_steps, num_training_steps=stage.steps)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    ema = Average(model.parameters(), decay=stage.ema_decay)
-    accelerator.register_for_checkpointing(schedule, ema)
-    begin, adversary = stage.steps, None
-    if discriminator is not None:
-        assert isinstance(stage, AutoencoderStage)
-        begin = math.ceil(stage.adversarial_from * stage.steps)
-        adversary = Adversary(config, discriminator, stage.adversarial, accelerator)
-    checkpoints = Checkpoints(accelerator, Path(config.output_dir) / "checkpoints" / name, total_limit=1)
-    progress = (checkpoints.resume() if config.resume_from_checkpoint else None) or {"step": 0}
-    rank, world = accelerator.process_index, accelerator.num_processes
-    batches = read_batches(
-        photographs.source,
-        stage.batches(config),
-        start=progress["step"] * world,
-        stop=stage.steps * world,
-        rank=rank,
-        world=world,
-        num_workers=config.dataloader_num_workers,
-    )
-    bar = tqdm(total=stage.steps, initial=progress["step"], desc=name, disable=not accelerator.is_local_main_process)
-    for step, batch in enumerate(batches, start=progress["step"] + 1):
+
+    @contextmanager
+    def on_batch(wrapped: nn.Module, batch: dict[str, Any], progress: float) -> Iterator[Made]:
         hq = batch["hq"].to(accelerator.device) * 2 - 1
-        against = adversary if step > begin else None
-        with accelerator.autocast():
-            loss, output = loss_of(wrapped, hq, draws(config.seed, PRETRAINING, batch["index"]))
-            if against is not None:
-                loss = loss + against.loss(output, hq)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
-        if against is not None:
-            against.step(output, hq)
-        bar.update()
-        bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
-        if step % settings.checkpointing_steps == 0 or step == stage.steps:
-            checkpoints.save(step)
-    bar.close()
-    ema.copy_to(model.parameters())
+        yield terms_of(wrapped, hq, draws(config.seed, PRETRAINING, batch["index"]))
 
-
-class Adversary:
-    """A discriminator, what moves it, and what it says of pictures (B, 3, H, W) in -1..1.
-
-    Args:
-        config: discriminator_learning_rate, discriminator_beta1, adversarial_loss and r1_weight are read from it.
-        discriminator: in eval mode.
-        weight: of the loss for those who are judged.
-        accelerator: prepares it; its checkpoints hold it.
-    """
-
-    def __init__(self, config: DistillConfig, discriminator: Discriminator, weight: float, accelerator: Accelerator):
-        self._config, self._discriminator, self._weight, self._accelerator = config, discriminator, weight, accelerator
-        optimizer = torch.optim.AdamW(
-            discriminator.parameters(),
-            lr=config.discriminator_learning_rate,
-            betas=(config.discriminator_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-        )
-        self._wrapped, self._optimizer = accelerator.prepare(discriminator, optimizer)
-
-    def loss(self, output: Tensor, hq: Tensor) -> Tensor:
-        """Weighted, with gradient to `output` alone."""
-        terms = adversarial_terms(self._config, {"adversarial": 1.0}, self._discriminator.judge, output, hq)
-        return self._weight * terms["adversarial"]
-
-    def step(self, output: Tensor, hq: Tensor) -> None:
-        """The discriminator learns from the same pictures."""
-        terms = discriminator_terms(self._config, self._wrapped, output, hq)
-        weights = {"discriminator": 1.0, "r1": self._config.r1_weight}
-        self._accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
-        self._accelerator.clip_grad_norm_(self._discriminator.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._discriminator.renew_norms()
+    run_stage(
+        Task(name, model, on_batch, {name: 1.0}, adversary),
+        stage,
+        stage.batches(config),
+        config,
+        accelerator,
+        photographs.source,
+        Path(config.output_dir) / "checkpoints" / name,
+        checkpointing_steps=settings.checkpointing_steps,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,11 +26,15 @@ class TrainingError(RuntimeError):
     """One sentence on why a run cannot go on; its last checkpoint is whole."""
 
 
+class Stopped(RuntimeError):
+    """One sentence on where a run was when it was asked to stop; its checkpoint was written."""
+
+
 @contextmanager
 def command() -> Iterator[None]:
     """What a command runs in: the trainer's words on the terminal, one sentence for errors.
 
-    Exits with 2 for what it was told wrongly, with 1 for what went wrong.
+    Exits with 2 for what it was told wrongly, with 1 for what went wrong, with 0 where it was asked to stop.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -45,6 +49,8 @@ def command() -> Iterator[None]:
     except (TrainingError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        logger.info("%s", stopped)
     finally:
         logger.removeHandler(handler)
 

@@ -43,6 +43,13 @@ def test_a_call_names_what_is_missing(make_pipeline, picture, tmp_path, missing)
         pipeline(picture(8, 8), **SMALL)
 
 
+@pytest.mark.parametrize("vae", ["tiny", "kl"])
+def test_what_was_saved_is_loaded_without_a_word(make_pipeline, tmp_path, caplog, vae):
+    make_pipeline(vae).save_pretrained(tmp_path)
+    TSDSRPipeline.from_pretrained(tmp_path)
+    assert "not expected" not in caplog.text
+
+
 def test_without_a_prompt_of_its_own(make_pipeline, picture, tmp_path):
     whole = make_pipeline()
     fixed = whole.prompt_embeddings

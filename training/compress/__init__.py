@@ -1,7 +1,8 @@
-"""TinySR of any one-step SD3 model (arXiv 2508.17434): the search for the blocks that stay.
+"""TinySR of any one-step SD3 model (arXiv 2508.17434): `run` is the whole of it, stage by stage (`stages`, `config`).
 
-`masks`: the distribution over masks, with its formulas; `search`: a mask on a transformer, LoRA co-training, the pruned
-transformer; `baselines`: how else blocks are chosen. A training loop does, in each step,
+What is exported here is the search for the blocks that stay. `masks`: the distribution over masks, with its formulas;
+`search`: a mask on a transformer, LoRA co-training, the pruned transformer; `baselines`: how else blocks are chosen. A
+training loop does, in each step,
 
     mask = search.masks.sample(*annealing.at(progress), count=len(latents), generator=draws(seed, ...))
     with search.role(STUDENT, mask):

@@ -136,12 +136,12 @@ def training_batches(
     Yields:
         hq: (B, 3, s, s), float32, 0..1.
         lq: (B, 3, s / scale, s / scale), float32, 0..1; absent where `degrade_on` is "device", unless the source has
-            ready pairs.
+            ready pairs or was prepared with targets.
         index: m.
         names: file names or keys, B of them.
         captions: strings or None, B of them.
-        hq_latents (B, C, h, w), prompt_embeds (B, tokens, width), pooled_prompt_embeds (B, width): as they were
-            stored, where every example has them.
+        hq_latents, lq_latents, teacher_latents (B, C, h, w), prompt_embeds (B, tokens, width), pooled_prompt_embeds
+            (B, width): as they were stored, where every example has them.
         skipped: (name, reason) of every picture that was passed over on the way to this micro-batch.
         position: None, or for a stream what `position` has to be to go on after this micro-batch; as JSON has it.
 
@@ -331,7 +331,7 @@ def _make_batch(
         "skipped": list(skipped.items()),
         "position": None,
     }
-    for name in ("hq_latents", "prompt_embeds", "pooled_prompt_embeds", "lq"):
+    for name in ("hq_latents", "lq_latents", "teacher_latents", "prompt_embeds", "pooled_prompt_embeds", "lq"):
         tensors = [getattr(crop, name) for crop in crops]
         if all(tensor is not None for tensor in tensors):
             batch[name] = torch.stack(tensors)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from safetensors.torch import save
 from torch import Tensor
@@ -23,8 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from ...imaging import Picture, write
 from ...pipelines.loading import DTYPES, EMBEDDED, choose_device
 from ...pipelines.text import TextEncoder, load_text_encoder
-from ..draws import PLACES, draws
-from .loader import draw
+from ..degradation import DegradationConfig, degrade
+from ..draws import DEGRADATION, PLACES, draws
+from ..one_step import OneStepModel
+from .loader import draw, one_thread
 from .sources import DATASET_FILE, NULL_PROMPT_FILE, Folder, UnreadableImage, prompt_key
 
 # Captions that are encoded at once.
@@ -70,6 +73,8 @@ def prepare(
     device: str = "auto",
     part: int = 0,
     parts: int = 1,
+    targets: bool = False,
+    scale: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Encode the photographs of a folder for training; `PreparedShards` reads the result.
@@ -80,6 +85,10 @@ def prepare(
     end `HASH.prompt.safetensors` for every distinct caption, prompt_embeds (1, tokens, width) and, of SD3,
     pooled_prompt_embeds (1, width). Beside each shard lies its index, `shard-00000.json`. `dataset.json` has the
     settings, counts, and what was skipped and why; `null_prompt.safetensors` the empty prompt's embeddings.
+
+    With `targets`, `KEY.safetensors` also holds what a student of this very model is compressed with: lq (3, s / scale,
+    s / scale) uint8, the crop degraded as in training, drawn from the seed and its number alone; lq_latents, what the
+    model's encoder makes of it, enlarged (z_L); teacher_latents, what the whole model makes of these (z_tea).
 
     A shard holds a fixed range of the samples and gets its name when it is whole. Whole shards are kept, so a run that
     was interrupted is simply started again; so is one that skipped photographs which have been mended, after their
@@ -102,6 +111,8 @@ def prepare(
         device: "auto", or a torch device.
         part: number of this process, from 0 to `parts` - 1; it writes every `parts`-th shard.
         parts: number of processes.
+        targets: store them; `model` is then a whole one-step model, and runs once for each crop.
+        scale: how many times smaller the degraded pictures are.
         progress: called with the number of photographs done and their total.
 
     Raises:
@@ -123,6 +134,8 @@ def prepare(
         raise ValueError(f"part must be within 0..{parts - 1}, not {part}.")
     if dtype not in ("fp16", "fp32"):
         raise ValueError(f"dtype must be fp16 or fp32, not {dtype!r}.")
+    if targets and (scale < 1 or resolution % scale):
+        raise ValueError(f"resolution ({resolution}) must be a multiple of scale ({scale}).")
     output_dir, target = Path(output_dir), choose_device(device)
     source = Folder(folder)
     captions = [source.caption(index) for index in range(len(source))]
@@ -131,6 +144,9 @@ def prepare(
     factor = 2 ** (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
     if resolution % factor:
         raise ValueError(f"resolution must be a multiple of {factor}, the pixels of one latent, not {resolution}.")
+    teacher = OneStepModel.load(model) if targets else None
+    if teacher is not None and resolution % teacher.size_multiple:
+        raise ValueError(f"resolution must be a multiple of {teacher.size_multiple} for {model}, not {resolution}.")
 
     result = Prepared(captions=sum(caption is not None for caption in captions))
     encode_text = load_text_encoder(name, device=target) if result.captions else None
@@ -147,8 +163,10 @@ def prepare(
         "photographs": len(source),
         # Two folders or models of one name must not be mixed.
         "photographs_sha256": hashlib.sha256(listing.encode()).hexdigest()[:16],
-        "vae_sha256": _fingerprint(vae),
+        "vae_sha256": vae_fingerprint(vae),
     }
+    if teacher is not None:
+        settings |= {"targets": True, "scale": scale, "teacher_sha256": teacher.fingerprint()}
     facts = {"format": 1, "model": str(model), "settings": settings}
     _open_output(output_dir, facts)
     null_prompt = output_dir / NULL_PROMPT_FILE
@@ -168,12 +186,30 @@ def prepare(
                 work.append(_Task(shard, photograph, numbers, last=photograph == last // crops))
 
     vae.to(target)
+    if teacher is not None:
+        teacher.to(target)
 
     @torch.no_grad()
-    def encode(pixels: Tensor) -> Tensor:
+    def encode(pixels: Tensor, numbers: list[int]) -> dict[str, Tensor]:
+        """What is stored of crops (B, 3, s, s) uint8: for each name a tensor whose first dimension is B."""
         encoded = vae.encode(pixels.to(target).float() / 127.5 - 1)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return ((latents - shift) * vae.config.scaling_factor).to(DTYPES[dtype]).cpu()
+        found = {"latents": (latents - shift) * vae.config.scaling_factor}
+        if teacher is not None:
+            lq = torch.cat([degrade_crop(one, number) for one, number in zip(pixels, numbers, strict=True)])
+            enlarged = F.interpolate(lq.to(target), size=pixels.shape[-2:], mode="bicubic").clamp(0, 1) * 2 - 1
+            found["lq_latents"] = teacher.lq_latents(enlarged)
+            found["teacher_latents"] = teacher.restored(found["lq_latents"])
+        found = {name: tensor.to(DTYPES[dtype]).cpu() for name, tensor in found.items()}
+        if teacher is not None:
+            found["lq"] = (lq * 255).round().to(torch.uint8)
+        return found
+
+    def degrade_crop(pixels: Tensor, number: int) -> Tensor:
+        """(3, s, s) uint8 to (1, 3, s / scale, s / scale), 0..1, of 256 levels."""
+        generator = draws(seed, DEGRADATION, number)
+        with one_thread(True):  # as in training
+            return degrade(pixels[None].float() / 255, generator, DegradationConfig(scale=scale))
 
     cutting = DataLoader(
         _Cuts(source, work, resolution, crops, seed),
@@ -231,7 +267,8 @@ def _load_vae(name: str, use_shift_factor: bool | None) -> tuple[Any, float]:
     return vae, (vae.config.get("shift_factor") or 0.0) if use_shift_factor else 0.0
 
 
-def _fingerprint(vae: Any) -> str:
+def vae_fingerprint(vae: Any) -> str:
+    """16 letters that differ for VAEs whose latents differ; of one on the CPU in float32."""
     digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for key, tensor in sorted(vae.state_dict().items()):
         if key.startswith(("encoder", "quant_conv")):
@@ -253,7 +290,11 @@ def _open_output(output_dir: Path, facts: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged; delete {output_dir} and prepare it again.") from error
     now = facts["settings"]
-    changed = [f"{name} {before.get(name)}, not {value}" for name, value in now.items() if before.get(name) != value]
+    changed = [
+        f"{name} {before.get(name)}, not {now.get(name)}"
+        for name in (*now, *(name for name in before if name not in now))
+        if before.get(name) != now.get(name)
+    ]
     if changed:
         raise ValueError(
             f"{output_dir} was prepared with other settings ({'; '.join(changed)}); use the same, or another folder."
@@ -355,7 +396,7 @@ class _Shard:
         number: of the shard.
         dtype: of embeddings.
         batch_size: crops that are encoded at once.
-        encode: pixels (B, 3, s, s) uint8 to latents (B, C, h, w).
+        encode: pixels (B, 3, s, s) uint8, and numbers of the crops, to what is stored of them.
         encode_text: captions to embeddings, None to keep them as text only.
     """
 
@@ -365,7 +406,7 @@ class _Shard:
         number: int,
         dtype: torch.dtype,
         batch_size: int,
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor, list[int]], dict[str, Tensor]],
         encode_text: TextEncoder | None,
     ):
         self.final = output_dir / f"{_shard_name(number)}.tar"
@@ -390,12 +431,14 @@ class _Shard:
     def _encode_waiting(self) -> None:
         if not self._waiting:
             return
-        latents = self._encode(torch.stack([cut.pixels for cut, *_ in self._waiting]))
-        for (cut, source, caption), one in zip(self._waiting, latents, strict=True):
+        cuts = [cut for cut, *_ in self._waiting]
+        found = self._encode(torch.stack([cut.pixels for cut in cuts]), [cut.number for cut in cuts])
+        for index, (cut, source, caption) in enumerate(self._waiting):
+            tensors = {name: tensor[index].contiguous() for name, tensor in found.items()}
             facts = {"caption": caption, "source": source, "box": cut.box}
             self._member(f"{cut.number:08d}.png", cut.png)
             self._member(f"{cut.number:08d}.json", json.dumps(facts, ensure_ascii=False).encode())
-            self._member(f"{cut.number:08d}.safetensors", save({"latents": one.contiguous()}))
+            self._member(f"{cut.number:08d}.safetensors", save(tensors))
         self._waiting = []
 
     def _member(self, name: str, data: bytes) -> None:

@@ -24,6 +24,8 @@ from .photographs import load_uint8
 # Names inside a prepared folder.
 DATASET_FILE = "dataset.json"
 NULL_PROMPT_FILE = "null_prompt.safetensors"
+# What `tsdsr prepare --targets` stores of a sample beside its latents.
+TARGETS = ("lq", "lq_latents", "teacher_latents")
 
 
 @dataclass
@@ -33,11 +35,13 @@ class Example:
     Attributes:
         name: file name or key, for messages.
         hq: (3, H, W) uint8.
-        lq: (3, H / scale, W / scale) uint8, of ready pairs only.
+        lq: (3, H / scale, W / scale) uint8, of ready pairs, and of shards with targets.
         caption: what the photograph shows, if somebody said so.
         hq_latents: (C, h, w), scaled, of prepared shards only; `hq` is then exactly the crop they were encoded from.
         prompt_embeds: (tokens, width), of the caption.
         pooled_prompt_embeds: (width,), of the caption.
+        lq_latents: (C, h, w), scaled: what the model's encoder makes of `lq`, enlarged; of shards with targets only.
+        teacher_latents: (C, h, w), scaled: what the model makes of these.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Example:
     hq_latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     pooled_prompt_embeds: Tensor | None = None
+    lq_latents: Tensor | None = None
+    teacher_latents: Tensor | None = None
 
 
 class UnreadableImage(ValueError):
@@ -167,6 +173,8 @@ class Pairs:
 class PreparedShards:
     """What `tsdsr prepare` wrote: crops with their latents, and with the embeddings of their captions.
 
+    With targets, they also come with the degraded picture and with what the model makes of it.
+
     Item `i` is an `Example`; one without a caption has the embeddings of the empty prompt, where captions of others
     were encoded. Only whole shards count, so a folder that is still being written can be read too.
 
@@ -215,7 +223,10 @@ class PreparedShards:
         name = self.name(index)
         data = {kind: _read_at(str(self.folder / shard), *place) for kind, place in members.items()}
         try:
-            facts, latents = json.loads(data["json"]), load(data["safetensors"])["latents"]
+            facts, tensors = json.loads(data["json"]), load(data["safetensors"])
+            found = {"hq_latents": tensors["latents"]}
+            if self.settings.get("targets"):
+                found |= {target: tensors[target] for target in TARGETS}
         except (KeyError, ValueError, SafetensorError) as error:
             raise UnreadableImage(name, f"{name} is damaged ({error}); prepare that shard again.") from error
         caption = facts["caption"]
@@ -224,7 +235,7 @@ class PreparedShards:
             prompt = _load_prompt(str(self.folder / shard), *self._prompts[shard][prompt_key(caption)])
         elif caption is None and (self.folder / NULL_PROMPT_FILE).is_file():
             prompt = _load_prompt(str(self.folder / NULL_PROMPT_FILE), 0, None)
-        return Example(name, _decode(data["png"], name), caption=caption, hq_latents=latents, **prompt)
+        return Example(name, _decode(data["png"], name), caption=caption, **found, **prompt)
 
 
 def prompt_key(caption: str) -> str:

@@ -1,6 +1,7 @@
 """Tiny transformers of several blocks in which every weight counts."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +45,44 @@ def inputs() -> dict[str, torch.Tensor]:
         "pooled_projections": torch.randn(2, 10, generator=generator),
         "timestep": torch.full((2,), 1000.0),
     }
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_transformer, make_pipeline, tmp_path_factory) -> Path:
+    """A one-step model of four blocks with a KL autoencoder, as a pipeline folder."""
+    pipeline = make_pipeline("kl", use_shift_factor=True)
+    pipeline.register_modules(transformer=make_transformer(4))
+    folder = tmp_path_factory.mktemp("model") / "four"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(model_folder, photographs) -> Callable[..., list[str]]:
+    """Flags of a small compression: `words(output_dir, "--restore.rank", 3, steps=4, ...)`; those given win."""
+
+    def make(output_dir: Path, *more: object, steps: int = 4, rate: float = 5e-3) -> list[str]:
+        values: dict[str, object] = {
+            "model": model_folder,
+            "train_data_dir": photographs,
+            "output_dir": output_dir,
+            "logging_steps": 1,
+            "checkpointing_steps": 2,
+            "discriminator_width": 4,
+            "discriminator_layers": 2,
+            "encoder.width": 8,
+            "decoder.width": 8,
+            "decoder.adversarial": 0.1,
+            "search.group_size": 2,
+            "search.keep": 1,
+            "refine.adversarial": 0.1,
+            "refine.train_decoder": "true",
+        }
+        for stage in ("encoder", "decoder", "search", "restore", "refine"):
+            values |= {f"{stage}.steps": steps, f"{stage}.train_batch_size": 2, f"{stage}.resolution": 16}
+            values |= {f"{stage}.warmup_steps": 0, f"{stage}.learning_rate": rate}
+        values |= {f"{stage}.rank": 2 for stage in ("search", "restore", "refine")}
+        flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+        return [*flags, *(str(one) for one in more)]
+
+    return make

@@ -26,6 +26,10 @@ from tsdsr.imaging import read
 from tsdsr.pipelines.text import load_text_encoder
 from tsdsr.training.data import BatchSettings, PreparedShards, UnreadableImage, load_uint8, training_batches
 from tsdsr.training.data.prepare import prepare
+from tsdsr.training.degradation import DegradationConfig, degrade
+from tsdsr.training.draws import DEGRADATION, draws
+from tsdsr.training.one_step import OneStepModel
+from tsdsr.training.validation import bicubic
 
 
 @pytest.fixture(scope="session")
@@ -436,3 +440,59 @@ def test_png_is_what_was_read(run, folder):
     assert np.array_equal(
         read(io.BytesIO(found["shard-00002.tar/00000009.png"])).rgb, read(folder / "p9.png").rgb[top:bottom, left:right]
     )
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tiny", "kl"])
+def test_targets(run, models_of, kind):
+    """The degraded picture depends on seed and number alone; latents are the model's."""
+    out = run(kind=kind, dtype="fp32", targets=True, use_shift_factor=False)
+    model, found = OneStepModel.load(models_of(kind)), members(out)
+    for number in range(10):
+        key = f"shard-{number // 4:05d}.tar/{number:08d}"
+        crop, stored = load_uint8(io.BytesIO(found[f"{key}.png"])), load(found[f"{key}.safetensors"])
+        lq = degrade(crop[None].float() / 255, draws(0, DEGRADATION, number), DegradationConfig(scale=4))
+        assert stored["lq"].dtype == torch.uint8 and torch.equal(stored["lq"].float() / 255, lq[0])
+        z = model.lq_latents(bicubic(lq, (32, 32)) * 2 - 1)
+        torch.testing.assert_close(stored["lq_latents"], z[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(stored["teacher_latents"], model.restored(z)[0], rtol=0, atol=1e-5)
+    settings = json.loads((out / "dataset.json").read_text())["settings"]
+    assert (settings["targets"], settings["scale"], settings["teacher_sha256"]) == (True, 4, model.fingerprint())
+
+
+def test_batches_with_targets(run):
+    source = PreparedShards(run(targets=True))
+    by_name = {source.name(index): source[index] for index in range(10)}
+    (batch,) = training_batches(source, BatchSettings(5, resolution=32), stop=1)
+    assert batch["lq"].shape == (5, 3, 8, 8) and batch["lq"].dtype == torch.float32
+    for index, name in enumerate(batch["names"]):
+        example = by_name[name]
+        assert torch.equal(batch["lq"][index] * 255, example.lq.float())
+        for target in ("lq_latents", "teacher_latents", "hq_latents"):
+            assert torch.equal(batch[target][index], getattr(example, target))
+        assert example.lq_latents.dtype == torch.float16
+    with pytest.raises(ValueError, match="must be 2 times the first"):
+        next(training_batches(source, BatchSettings(5, resolution=32, scale=2), stop=1))
+
+
+def test_targets_are_not_mixed_with_what_has_none(run):
+    run("with", targets=True)
+    with pytest.raises(ValueError, match=r"other settings \(targets True, not None; scale 4, not None; teacher_sha256"):
+        run("with")
+    run("without")
+    with pytest.raises(ValueError, match=r"other settings \(targets None, not True; scale None, not 4; teacher_sha256"):
+        run("without", targets=True)
+    plain = members(run("without"))
+    assert load(plain["shard-00000.tar/00000000.safetensors"]).keys() == {"latents"}
+
+
+def test_targets_that_cannot_be_made(run, tmp_path, make_pipeline):
+    with pytest.raises(ValueError, match=r"resolution \(32\) must be a multiple of scale \(5\)\."):
+        run(targets=True, scale=5)
+    with pytest.raises(ValueError, match=r"resolution must be a multiple of 8 for .*, not 36"):
+        run(targets=True, resolution=36)
+    make_pipeline("tiny", "unet").save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="has no SD3 transformer"):
+        run(targets=True, model=tmp_path / "unet")
