@@ -30,6 +30,7 @@ from .config import ConfigError, DistillConfig, Phase, reason
 from .discriminators import make_discriminator
 from .families import Ddpm, Family, Prompt, RectifiedFlow
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
+from .time_aware import make_latent_discriminator
 
 # The fixed caption of the published weights (train/train.py of the release).
 PUBLISHED_PROMPT = (
@@ -154,7 +155,18 @@ def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, 
         raise ConfigError(f"timestep must be {allowed} for {name}, not {family.timestep:g}.")
     if config.vae_encoder == "lora" and not hasattr(vae, "add_adapter"):
         raise ConfigError(f"{type(vae).__name__}, the VAE of {name}, takes no LoRA: set vae_encoder to full or frozen.")
-    _, multiple = sides(family, denoiser, vae)
+    latent, multiple = sides(family, denoiser, vae)
+    if config.uses(*Phase.FOLLOWERS["latent_discriminator"]):
+        depths = config.latent_discriminator_depths
+        stages = min(depths, len(denoiser.config.block_out_channels)) if unet else 0
+        # Heads want four positions at least.
+        least = 2 * (latent * 2 ** (stages - 1) if unet else multiple)
+        smallest = min([config.resolution, *(config.other_resolutions or {})])
+        if smallest < least:
+            raise ConfigError(
+                f"A discriminator of latents at {depths} depths of {name} (latent_discriminator_depths) needs crops "
+                f"of at least {least} pixels, not {smallest}."
+            )
     for what, found in (("resolution", [config.resolution]), ("other_resolutions", config.other_resolutions or {})):
         for side in found:
             if side % multiple:
@@ -274,7 +286,9 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
         part.to(part_dtype(name))
     base.prompt.to(weight_dtype).requires_grad_(False)
 
-    loras = {FAKE_SCORE: lora_config(config.fake_score_rank, family.fake_score_targets)}
+    loras = {}
+    if config.uses(*Phase.FOLLOWERS["fake_score"]):
+        loras[FAKE_SCORE] = lora_config(config.fake_score_rank, family.fake_score_targets)
     if config.train_type == "lora":
         loras[STUDENT] = lora_config(config.rank, family.student_targets)
     if config.teacher_lora:
@@ -284,10 +298,12 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
     if config.vae_encoder == "lora":
         vae_loras[STUDENT] = lora_config(config.vae_rank, tuple(name for name, _ in encoder_layers(base.vae)))
     vae = SharedBase(base.vae, vae_loras, own_vae, decoder)
-    discriminator = None
-    if config.uses(*Phase.ADVERSARIAL):
+    discriminator = latent_discriminator = None
+    if config.uses(*Phase.FOLLOWERS["discriminator"]):
         discriminator = make_discriminator(config)
-    networks = Networks(family, denoiser, vae, shift, discriminator)
+    if config.uses(*Phase.FOLLOWERS["latent_discriminator"]):
+        latent_discriminator = make_latent_discriminator(config, family, denoiser)
+    networks = Networks(family, denoiser, vae, shift, discriminator, latent_discriminator)
     cast_training_params([networks], dtype=torch.float32)
     if config.gradient_checkpointing:
         for network in (networks.network, networks.student_network, networks.vae, networks.student_vae):

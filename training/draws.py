@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # What a stream of numbers is for, the first part of a key: what one of them draws leaves the others alone.
-ORDER, CROPS, DEGRADATION, PLACES, SCORES, FAKE_SCORE, PRETRAINING, SAMPLING, SIZES = range(9)
+ORDER, CROPS, DEGRADATION, PLACES, SCORES, FAKE_SCORE, PRETRAINING, SAMPLING, SIZES, RESTORING, JUDGED = range(11)
 
 
 def draws(seed: int, *key: int) -> torch.Generator:

@@ -23,6 +23,7 @@ from ..pipelines.loading import DTYPES
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import EMBEDDING_FILES, Base
 from .config import ConfigError, DistillConfig, reason
+from .methods import METHODS
 from .networks import STUDENT, Networks, SharedBase
 
 LORA_DIR, PIPELINE_DIR = "lora", "pipeline"
@@ -177,12 +178,13 @@ def _write_card(
     # Beside a pipeline the LoRA is uploaded as a folder of its repository.
     inside = "lora" if kind == "lora" and config.push_to_hub and config.output == "both" else ""
     trained = "LoRA" if config.train_type == "lora" else "all weights"
+    used = dict.fromkeys(phase.objective for phase in config.phases)
+    methods = ", then ".join(f"{METHODS[name].title}'s method ({METHODS[name].paper})" for name in used)
     made = "ready pairs" if config.train_lq_dir else "degraded on the fly (second-order Real-ESRGAN)"
     model_card.write_card(
         folder,
         title,
-        "One-step diffusion upscaler for photographs, distilled with TSD-SR's method\n"
-        f"({model_card.PAPER}) by {_commit()}.",
+        f"One-step diffusion upscaler for photographs, distilled with {methods}\nby {_commit()}.",
         [
             f"Base: `{shown_base}`",
             f"Trained: {trained} of the {base.family.component}; VAE encoder: {config.vae_encoder}"

@@ -54,8 +54,8 @@ class RectifiedFlow:
             return network(
                 hidden_states=z.to(embeds.dtype),
                 timestep=(1000 * sigma).to(z.device),  # not in half precision, which has no room for its digits
-                encoder_hidden_states=embeds.expand(len(z), -1, -1),
-                pooled_projections=None if pooled is None else pooled.expand(len(z), -1),
+                encoder_hidden_states=repeated(embeds, len(z)),
+                pooled_projections=None if pooled is None else repeated(pooled, len(z)),
                 return_dict=False,
             )[0].float()
 
@@ -81,7 +81,7 @@ class Ddpm:
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             return network(
-                noisy.to(embeds.dtype), timestep, encoder_hidden_states=embeds.expand(len(noisy), -1, -1)
+                noisy.to(embeds.dtype), timestep, encoder_hidden_states=repeated(embeds, len(noisy))
             ).sample.float()
 
         return ddpm_velocity(predict, self.scheduler)
@@ -94,6 +94,13 @@ class Ddpm:
         sigma = sigma.to(latents.device).expand(len(latents))
         flow = latents.float() / scale
         return clean_from_velocity(flow, self.velocity(network, prompt)(flow, sigma), sigma)
+
+
+def repeated(known: Tensor, count: int) -> Tensor:
+    """What is known of B samples, or of all alike (B = 1), for `count` that are these, once or several times over."""
+    if len(known) in (1, count):
+        return known.expand(count, *known.shape[1:])
+    return known.repeat(count // len(known), *[1] * (known.ndim - 1))
 
 
 def guided_velocity(
@@ -121,7 +128,7 @@ def guided_velocity(
         def both(null: Tensor | None, wanted: Tensor | None) -> Tensor | None:
             if null is None or wanted is None:
                 return None
-            return torch.cat([half.expand(len(z), *half.shape[1:]) for half in (null.to(wanted), wanted)])
+            return torch.cat([repeated(half, len(z)) for half in (null.to(wanted), wanted)])
 
         pair: Any = (both(embeds, prompt[0]), both(pooled, prompt[1]))
         unconditional, conditional = family.velocity(network, pair)(torch.cat([z, z]), torch.cat([sigma, sigma])).chunk(

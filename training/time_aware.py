@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from .config import DistillConfig
 from .discriminators import Discriminator
 from .families import Family, Prompt
 from .networks import TEACHER, SharedBase
@@ -207,3 +208,14 @@ class TimeAwareDiscriminator(Discriminator):
                 found.append(head(one.float().contiguous(), time))
         hidden, votes = zip(*found, strict=True)
         return [*hidden, torch.cat(votes, dim=1)]
+
+
+def make_latent_discriminator(config: DistillConfig, family: Family, denoiser: SharedBase) -> TimeAwareDiscriminator:
+    """As a run's settings ask for it, in eval mode."""
+    found = TimeAwareDiscriminator(
+        TeacherFeatures(family, denoiser, config.latent_discriminator_depths),
+        config.latent_discriminator_width or None,
+        config.latent_discriminator_votes,
+        time_aware=config.time_aware,
+    )
+    return found.eval()
