@@ -242,7 +242,8 @@ def test_other_ways_to_train(config, tmp_path, more):
         distill(config(tmp_path / name, **merged, **TAD, **changed))
     (first, _), (other, _) = lines(tmp_path / "plain"), lines(tmp_path / "other")
     half = "mixed_precision" in more
-    for name in ("teacher_mse", "hsd", "latent_adversarial", "latent_discriminator"):
+    # Heads of a student without LoRAs begin elsewhere, because fewer weights are drawn before them.
+    for name in ("teacher_mse", "hsd", *(() if half else ("latent_adversarial", "latent_discriminator"))):
         assert other[name] == pytest.approx(first[name], rel=0.05 if half else 1e-3, abs=0.01 if half else 1e-5)
     assert {tensor.dtype for tensor in trained(tmp_path / "other", 2).values()} == {torch.float32}
     assert TSDSRPipeline.from_pretrained(tmp_path / "other" / "pipeline", local_files_only=True).transformer
