@@ -28,8 +28,9 @@ from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.text import load_text_encoder
 from .config import ConfigError, DistillConfig, Phase, reason
 from .discriminators import make_discriminator
-from .families import Ddpm, Family, Prompt, RectifiedFlow
+from .families import Ddpm, Family, Prompt, RectifiedFlow, ResidualShifting
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
+from .objectives import ResidualShift
 from .time_aware import make_latent_discriminator
 
 # The fixed caption of the published weights (train/train.py of the release).
@@ -103,8 +104,9 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
         family = RectifiedFlow(schedule, **_given(timestep=config.timestep))
     elif classes.get("unet") == "UNet2DConditionModel":
         denoiser = part(UNet2DConditionModel, "unet")
-        schedule = schedule_of(DDPMScheduler)
-        family = Ddpm(schedule, **_given(timestep=config.timestep))
+        residual = classes.get("scheduler") == ResidualShift.__name__
+        kind = ResidualShifting if residual else Ddpm
+        family = kind(schedule_of(ResidualShift if residual else DDPMScheduler), **_given(timestep=config.timestep))
     else:
         raise ConfigError(
             f"{name} holds neither an SD3 transformer nor an SD2 UNet (its model_index.json names "
@@ -116,6 +118,8 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
     if isinstance(vae, AutoencoderTiny):
         # What convolutions are fastest with; group norms, which other VAEs have, are not.
         vae.to(memory_format=torch.channels_last)
+    made, read = vae.config.latent_channels, denoiser.config.in_channels
+    family.conditioned = read == 2 * made  # noisy latents, and those of the LQ picture
     _check_fit(config, name, family, denoiser, vae)
 
     fixed = _embeddings(config.prompt_embeds) if config.prompt_embeds else None
@@ -149,6 +153,17 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
 
 
 def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, vae: Any) -> None:
+    made, read = vae.config.latent_channels, denoiser.config.in_channels
+    if read not in ((2 * made,) if isinstance(family, ResidualShifting) else (made, 2 * made)):
+        raise ConfigError(
+            f"The {family.component} of {name} reads {read} channels, which are neither those of the {made} of its "
+            "VAE's latents nor those and the LQ picture's."
+        )
+    if family.conditioned and config.output != "merged":
+        raise ConfigError(
+            f"{name} reads LQ pictures, which no pipeline gives it, so that its student is written as a network of "
+            "its own: set output merged."
+        )
     length, unet = family.scheduler.config.num_train_timesteps, isinstance(family, Ddpm)
     if not (family.timestep in range(1, length) if unet else 0 < family.timestep <= length):
         allowed = f"a whole number from 1 to {length - 1}" if unet else f"above 0 and at most {length}"

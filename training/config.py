@@ -161,7 +161,8 @@ class DistillConfig:
     teacher_steps: int = setting(15, "in which the teacher restores LQ pictures, where a term asks for that")
     teacher_sampler: str = setting("euler", "its sampler: euler (DDIM), or heun, which calls the network twice a step")
     teacher_strength: float | None = setting(
-        None, "noise level sigma it begins at; by default 1 for a teacher that reads the LQ picture, 0.5 for others"
+        None,
+        "noise level sigma it begins at; by default the first for a teacher that reads the LQ picture, 0.5 for others",
     )
     teacher_guidance_scale: float | None = setting(None, "its guidance then; by default guidance_scale")
 

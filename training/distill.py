@@ -140,9 +140,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
                 pictures, hq = bicubic(lq, hq.shape[-2:]) * 2 - 1, hq * 2 - 1
                 with accelerator.autocast():
                     hq_latents = batch["hq_latents"].to(device) if "hq_latents" in batch else networks.hq_latents(hq)
+                    known = networks.told(prompt_of(batch), pictures)
                 with networks.role(STUDENT), exchange(micro):
                     latents, output = model(STUDENT, pictures, prompt=fixed, decode=phase.uses(*phase.PICTURES))
-                    one = MicroBatch(index, prompt_of(batch), pictures, hq, hq_latents, latents, output)
+                    one = MicroBatch(index, known, pictures, hq, hq_latents, latents, output)
                     backward(terms.student(phase, weights, one), weights)
                 made.append(one.detached())
             optimisation.step(STUDENT)

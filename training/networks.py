@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .discriminators import Discriminator
-from .families import Family, Prompt
+from .families import Family, Known, Prompt
 
 STUDENT, TEACHER, FAKE_SCORE = "student", "teacher", "fake_score"
 DISCRIMINATOR, LATENT_DISCRIMINATOR = "discriminator", "latent_discriminator"
@@ -173,7 +173,7 @@ class Networks(nn.Module):
         inputs: Tensor,
         sigma: Tensor | None = None,
         *,
-        prompt: Prompt | None = None,
+        prompt: Known | None = None,
         decode: bool = False,
     ) -> Any:
         """What a role computes; called, and followed by its backward pass, within `role(role)`.
@@ -196,7 +196,7 @@ class Networks(nn.Module):
         with self.role(role) as (denoiser, vae):
             if sigma is not None:
                 return self.family.velocity(denoiser, prompt)(inputs, sigma)
-            latents = self.family.one_step(denoiser, self._encode(vae, inputs), prompt)
+            latents = self.family.one_step(denoiser, self._encode(vae, inputs), (prompt[0], prompt[1]))
             return latents, self.decode(latents) if decode else None
 
     def judge(self, role: str, inputs: Tensor, *known: Any) -> list[Tensor]:
@@ -222,9 +222,13 @@ class Networks(nn.Module):
 
     @torch.no_grad()
     def hq_latents(self, pictures: Tensor) -> Tensor:
-        """The latents z that the base's own encoder gives pictures (B, 3, H, W) in -1..1; float32."""
+        """The latents that the base's own encoder gives pictures (B, 3, H, W) in -1..1; float32."""
         with self.codec.role(TEACHER) as vae:
             return self._encode(vae, pictures).float()
+
+    def told(self, prompt: Prompt, pictures: Tensor) -> Known:
+        """What a denoiser is told: the prompt, and of one that restores the enlarged LQ pictures, -1..1."""
+        return (*prompt, self.hq_latents(pictures)) if self.family.conditioned else prompt
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about -1..1, float32; with gradient to latents and, if trained, decoder."""

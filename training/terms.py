@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import DistillConfig, Phase
 from .draws import FAKE_SCORE as FAKE_SCORE_NOISE
 from .draws import JUDGED, RESTORING, SCORES, draws
-from .families import Prompt, guided_velocity
+from .families import Known, Prompt, guided_velocity
 from .losses import (
     Reconstruction,
     adversarial_terms,
@@ -28,9 +28,6 @@ from .networks import DISCRIMINATOR, FAKE_SCORE, LATENT_DISCRIMINATOR, TEACHER, 
 from .objectives import latent_mse
 from .objectives.noise import Velocity
 from .sampling import restore_latents
-
-# Where an unconditional teacher begins to restore: from more it leaves the photograph, from less it adds little.
-STRENGTH = 0.5
 
 
 @dataclass
@@ -49,7 +46,7 @@ class MicroBatch:
     """
 
     index: int
-    prompt: Prompt
+    prompt: Known
     pictures: Tensor
     hq: Tensor
     hq_latents: Tensor
@@ -175,7 +172,7 @@ class Terms:
     def _latent_discriminator(self, phase: Phase, one: MicroBatch, _: int) -> dict[str, Tensor]:
         """It learns to tell the student's latents from real ones, under the noise that it judged the student under."""
 
-        def logits(latents: Tensor, sigma: Tensor, prompt: Prompt) -> Tensor:
+        def logits(latents: Tensor, sigma: Tensor, prompt: Known) -> Tensor:
             return self._model(LATENT_DISCRIMINATOR, latents, sigma, prompt=prompt)
 
         judge = self._noised(phase, one, logits)
@@ -211,11 +208,11 @@ class Terms:
                 draws(config.seed, RESTORING, one.index),
                 config.teacher_steps,
                 config.teacher_sampler,
-                STRENGTH if config.teacher_strength is None else config.teacher_strength,
+                self._networks.family.strength if config.teacher_strength is None else config.teacher_strength,
             )
         return one.restored
 
-    def _velocity(self, role: str, prompt: Prompt, guidance_scale: float) -> Velocity:
+    def _velocity(self, role: str, prompt: Known, guidance_scale: float) -> Velocity:
         """Of the network itself, past what DDP put around it: nothing flows back through it."""
 
         def call(z: Tensor, sigma: Tensor) -> Tensor:
