@@ -28,10 +28,12 @@ def test_a_recipe_can_be_run(path):
 
         settings = PretrainConfig.from_dict(config.pretrain)
         assert settings.teacher.steps == said["pretrain"]["teacher"]["steps"]
+        vae, family, denoiser = settings.build()
+        assert denoiser.config.in_channels == (1 + family.conditioned) * vae.config.latent_channels
 
 
 def test_there_are_recipes():
-    assert {"tiny_cpu", "tsdsr_sd3_medium", "tsdsr_sd21", "tadsr_sd3_medium", "tadsr_sd21"} <= {
+    assert {"tiny_cpu", "tsdsr_sd3_medium", "tsdsr_sd21", "tadsr_sd3_medium", "tadsr_sd21", "tadsr_tiny_cpu"} <= {
         path.stem for path in DISTILLED
     }
 
