@@ -161,6 +161,10 @@ def test_what_tad_leads_the_student_to(config, tmp_path, monkeypatch, base_folde
     total = 3 * line["teacher_mse"] + 2 * line["hsd"] + 0.5 * line["latent_adversarial"]
     assert float(passed[0]) == pytest.approx(total, rel=1e-4)
     assert line["latent_discriminator"] == pytest.approx(float(passed[1]))
+    ((_, _, votes),) = spies[LATENT_DISCRIMINATOR]  # of real latents, then of the student's, which were judged by them
+    assert line["latent_adversarial"] == pytest.approx(-float(votes[2:].mean()), rel=1e-3)
+    hinge = (1 - votes[:2]).relu().mean() + (1 + votes[2:]).relu().mean()
+    assert line["latent_discriminator"] == pytest.approx(float(hinge), rel=1e-4)
 
 
 @pytest.mark.parametrize("real", ["hq", "teacher"])
