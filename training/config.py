@@ -458,7 +458,7 @@ def _with_method(said: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
     """
     begun = said.get("objective", Phase.objective)
     objective = typed.get("objective", begun)
-    if objective not in METHODS:
+    if not isinstance(objective, str) or objective not in METHODS:
         return {**said, **typed}  # refused with all else
     if objective != begun:
         said = {name: value for name, value in said.items() if name not in SET}

@@ -3,8 +3,8 @@
 The objectives know velocities only; the student's one step ends at clean latents in all of them.
 
 A base that restores reads the LQ picture's latents y beside the noisy ones, as further channels. Its student begins as
-its step from the most noisy state, with the mean of that state in place of a draw: y. So it reads y twice, and as
-(`export.without_condition`) an equal network that reads it once a pipeline can run it.
+its step from the most noisy state, with the mean of that state, y, in place of a draw. So a student reads y twice. The
+network that reads it once and computes the same (`export.without_condition`) is one that pipelines run.
 """
 
 from collections.abc import Callable

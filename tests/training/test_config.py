@@ -317,6 +317,8 @@ def test_what_is_missing_is_named():
         ("checkpoints_total_limit: few", "checkpoints_total_limit cannot be 'few'; it is a whole number."),
         ("data_files: 5", "data_files cannot be 5; it is a list of texts."),
         ("pretrain: 5", "pretrain cannot be 5; it is a section with settings of its own."),
+        ("objective: [tad]", "objective cannot be ['tad']; it is text."),
+        ("objective: add", "objective must be one of tsd, vsd, tad, not 'add'."),
         ("tsd: true", "tsd cannot be [True]; it is a list of numbers."),
         ("step_weights: '11'", "step_weights cannot be '11'; it is a list of numbers."),
         ("phases: [{steps: 0, name: one}, {steps: 2}]", "Phase 'one' has no steps, which only the last phase may"),
