@@ -28,8 +28,10 @@ from ..models.prompt_embeddings import PromptEmbeddings
 from ..pipelines.text import load_text_encoder
 from .config import ConfigError, DistillConfig, Phase, reason
 from .discriminators import make_discriminator
-from .families import Ddpm, Family, Prompt, RectifiedFlow
+from .families import Ddpm, Family, Prompt, RectifiedFlow, ResidualShifting
 from .networks import FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
+from .objectives import ResidualShift
+from .time_aware import make_latent_discriminator
 
 # The fixed caption of the published weights (train/train.py of the release).
 PUBLISHED_PROMPT = (
@@ -102,8 +104,9 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
         family = RectifiedFlow(schedule, **_given(timestep=config.timestep))
     elif classes.get("unet") == "UNet2DConditionModel":
         denoiser = part(UNet2DConditionModel, "unet")
-        schedule = schedule_of(DDPMScheduler)
-        family = Ddpm(schedule, **_given(timestep=config.timestep))
+        residual = classes.get("scheduler") == ResidualShift.__name__
+        kind = ResidualShifting if residual else Ddpm
+        family = kind(schedule_of(ResidualShift if residual else DDPMScheduler), **_given(timestep=config.timestep))
     else:
         raise ConfigError(
             f"{name} holds neither an SD3 transformer nor an SD2 UNet (its model_index.json names "
@@ -115,6 +118,8 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
     if isinstance(vae, AutoencoderTiny):
         # What convolutions are fastest with; group norms, which other VAEs have, are not.
         vae.to(memory_format=torch.channels_last)
+    made, read = vae.config.latent_channels, denoiser.config.in_channels
+    family.conditioned = read == 2 * made  # noisy latents, and those of the LQ picture
     _check_fit(config, name, family, denoiser, vae)
 
     fixed = _embeddings(config.prompt_embeds) if config.prompt_embeds else None
@@ -148,13 +153,35 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
 
 
 def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, vae: Any) -> None:
+    made, read = vae.config.latent_channels, denoiser.config.in_channels
+    if read not in ((2 * made,) if isinstance(family, ResidualShifting) else (made, 2 * made)):
+        raise ConfigError(
+            f"The {family.component} of {name} reads {read} channels, which are neither those of the {made} of its "
+            "VAE's latents nor those and the LQ picture's."
+        )
+    if family.conditioned and config.output != "merged":
+        raise ConfigError(
+            f"{name} reads LQ pictures, which no pipeline gives it, so that its student is written as a network of "
+            "its own: set output merged."
+        )
     length, unet = family.scheduler.config.num_train_timesteps, isinstance(family, Ddpm)
     if not (family.timestep in range(1, length) if unet else 0 < family.timestep <= length):
         allowed = f"a whole number from 1 to {length - 1}" if unet else f"above 0 and at most {length}"
         raise ConfigError(f"timestep must be {allowed} for {name}, not {family.timestep:g}.")
     if config.vae_encoder == "lora" and not hasattr(vae, "add_adapter"):
         raise ConfigError(f"{type(vae).__name__}, the VAE of {name}, takes no LoRA: set vae_encoder to full or frozen.")
-    _, multiple = sides(family, denoiser, vae)
+    latent, multiple = sides(family, denoiser, vae)
+    if config.uses(*Phase.FOLLOWERS["latent_discriminator"]):
+        depths = config.latent_discriminator_depths
+        stages = min(depths, len(denoiser.config.block_out_channels)) if unet else 0
+        # Heads want four positions at least.
+        least = 2 * (latent * 2 ** (stages - 1) if unet else multiple)
+        smallest = min([config.resolution, *(config.other_resolutions or {})])
+        if smallest < least:
+            raise ConfigError(
+                f"A discriminator of latents at {depths} depths of {name} (latent_discriminator_depths) needs crops "
+                f"of at least {least} pixels, not {smallest}."
+            )
     for what, found in (("resolution", [config.resolution]), ("other_resolutions", config.other_resolutions or {})):
         for side in found:
             if side % multiple:
@@ -274,7 +301,9 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
         part.to(part_dtype(name))
     base.prompt.to(weight_dtype).requires_grad_(False)
 
-    loras = {FAKE_SCORE: lora_config(config.fake_score_rank, family.fake_score_targets)}
+    loras = {}
+    if config.uses(*Phase.FOLLOWERS["fake_score"]):
+        loras[FAKE_SCORE] = lora_config(config.fake_score_rank, family.fake_score_targets)
     if config.train_type == "lora":
         loras[STUDENT] = lora_config(config.rank, family.student_targets)
     if config.teacher_lora:
@@ -284,10 +313,12 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
     if config.vae_encoder == "lora":
         vae_loras[STUDENT] = lora_config(config.vae_rank, tuple(name for name, _ in encoder_layers(base.vae)))
     vae = SharedBase(base.vae, vae_loras, own_vae, decoder)
-    discriminator = None
-    if config.uses(*Phase.ADVERSARIAL):
+    discriminator = latent_discriminator = None
+    if config.uses(*Phase.FOLLOWERS["discriminator"]):
         discriminator = make_discriminator(config)
-    networks = Networks(family, denoiser, vae, shift, discriminator)
+    if config.uses(*Phase.FOLLOWERS["latent_discriminator"]):
+        latent_discriminator = make_latent_discriminator(config, family, denoiser)
+    networks = Networks(family, denoiser, vae, shift, discriminator, latent_discriminator)
     cast_training_params([networks], dtype=torch.float32)
     if config.gradient_checkpointing:
         for network in (networks.network, networks.student_network, networks.vae, networks.student_vae):

@@ -1,9 +1,10 @@
 """Everything a distillation run can be told: flags with diffusers' names, or the keys of a recipe (YAML)."""
 
 import argparse
+import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .methods import METHODS, SET
+from .objectives.tad import JUDGED_SHARE, LOWEST_SHARE, NOISES
 from .objectives.tsd import STEP_WEIGHTS
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -26,11 +29,15 @@ COUNTS = (
     "fake_score_updates",
     "discriminator_width",
     "discriminator_layers",
+    "latent_discriminator_depths",
+    "latent_discriminator_votes",
+    "teacher_steps",
     "lr_num_cycles",
     "checkpointing_steps",
     "logging_steps",
 )
 NOT_NEGATIVE = (
+    "latent_discriminator_width",
     "mild_degradation",
     "keep_photographs_gb",
     "dataloader_num_workers",
@@ -72,12 +79,14 @@ class Phase:
     """One stretch of training and its losses.
 
     A weight is one number, or two: then it goes in a straight line from the first to the second over the phase. 0
-    leaves the term out.
+    leaves the term out. What a method sets (`METHODS`) is put in by `parse`.
     """
 
     name: str = setting("train", "name of the phase in logs")
     steps: int = setting(0, "optimiser steps of the phase; 0: what is left of max_train_steps")
+    objective: str = setting("tsd", "method whose settings are the defaults of the phase: tsd, vsd or tad")
     latent_mse: list[float] = setting([1.0], "weight of the squared error of latents (equation 7)")
+    teacher_mse: list[float] = setting([0.0], "the same against what the teacher makes of the LQ picture (TAD-SR)")
     pixel_l1: list[float] = setting([0.0], "weight of the absolute error of pixels")
     gradient_l1: list[float] = setting([0.0], "weight of the absolute error of finite differences")
     frequency_l1: list[float] = setting([0.0], "weight of the absolute error of Fourier transforms")
@@ -92,10 +101,24 @@ class Phase:
     dasm_jitter: bool = setting(True, "vary the length of the trajectory")
     step_weights: list[float] = setting(list(STEP_WEIGHTS), "weight of each point")
     guidance_scale: float = setting(7.5, "classifier-free guidance of teacher and fake score")
+    hsd: list[float] = setting([0.0], "weight of high-frequency score distillation (TAD-SR)")
+    hsd_target: str = setting("teacher", "what it leads to: teacher, hq, or none (SDS)")
+    hsd_share: float = setting(LOWEST_SHARE, "the least noisy part of the schedule it looks at; 1 is all of it")
+    hsd_noise: str = setting("gaussian", "gaussian, or uniform as the released code draws it")
+    latent_adversarial: list[float] = setting([0.0], "weight of what a discriminator says of the student's latents")
+    judged_real: str = setting("hq", "what is real to it: latents of the photograph (hq), or what the teacher makes")
+    judged_share: float = setting(JUDGED_SHARE, "the least noisy part of the schedule it judges at")
+    judged_noise: str = setting("gaussian", "gaussian, or uniform as the released code draws it")
 
-    ADVERSARIAL = ("adversarial", "feature_matching")  # terms of a discriminator
+    ADVERSARIAL = ("adversarial", "feature_matching")  # terms of a discriminator of pictures
     PICTURES = ("pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips", *ADVERSARIAL)
-    WEIGHTS = ("latent_mse", *PICTURES, "tsd")
+    WEIGHTS = ("latent_mse", "teacher_mse", *PICTURES, "tsd", "hsd", "latent_adversarial")
+    # Who learns beside the student, and from which terms on: without them there is no such network.
+    FOLLOWERS = {
+        "fake_score": ("tsd",),
+        "discriminator": ADVERSARIAL,
+        "latent_discriminator": ("latent_adversarial",),
+    }
 
     def weights(self, progress: float) -> dict[str, float]:
         """The terms that count and their weights, `progress` 0..1 through the phase."""
@@ -110,6 +133,14 @@ class Phase:
     def uses(self, *terms: str) -> bool:
         """Whether one of these terms counts anywhere in the phase."""
         return any(any(getattr(self, term)) for term in terms)
+
+    def restores(self) -> bool:
+        """Whether the teacher has to restore the LQ pictures, in many steps."""
+        return (
+            self.uses("teacher_mse")
+            or (self.uses("hsd") and self.hsd_target == "teacher")
+            or (self.uses("latent_adversarial") and self.judged_real == "teacher")
+        )
 
 
 @dataclass
@@ -127,6 +158,13 @@ class DistillConfig:
     )
     timestep: float | None = setting(None, "the student's one timestep; 1000 for SD3, 999 for SD2")
     use_shift_factor: bool = setting(False, "latents are (z - shift_factor) * scaling_factor; TSD-SR leaves it out")
+    teacher_steps: int = setting(15, "in which the teacher restores LQ pictures, where a term asks for that")
+    teacher_sampler: str = setting("euler", "its sampler: euler (DDIM), or heun, which calls the network twice a step")
+    teacher_strength: float | None = setting(
+        None,
+        "noise level sigma it begins at; by default the first for a teacher that reads the LQ picture, 0.5 for others",
+    )
+    teacher_guidance_scale: float | None = setting(None, "its guidance then; by default guidance_scale")
 
     # The prompt
     prompt_embeds: str | None = setting(None, "folder with prompt_embeds and pool_embeds, .pt or .safetensors")
@@ -142,6 +180,10 @@ class DistillConfig:
     vae_rank: int = setting(64, "LoRA rank of the VAE encoder")
     discriminator_width: int = setting(32, "channels of the discriminator's first layer")
     discriminator_layers: int = setting(3, "its strided layers: each halves the picture and doubles the channels")
+    latent_discriminator_depths: int = setting(4, "depths of the teacher that the discriminator of latents looks at")
+    latent_discriminator_width: int = setting(0, "channels of its heads; 0: as many as the teacher has there")
+    latent_discriminator_votes: int = setting(64, "its logits for each position")
+    time_aware: bool = setting(True, "tell the discriminator of latents how noisy they are")
 
     # Photographs
     train_data_dir: str | None = setting(None, "folder of sharp photographs, or of shards made by `tsdsr prepare`")
@@ -174,10 +216,10 @@ class DistillConfig:
     learning_rate: float = setting(5e-6, "of the student (published: 5e-6)")
     fake_score_learning_rate: float = setting(1e-6, "of the fake-score model (published: 1e-6)")
     fake_score_updates: int = setting(1, "updates of the fake-score model for one of the student")
-    discriminator_learning_rate: float = setting(2e-4, "of the discriminator")
-    discriminator_beta1: float = setting(0.5, "AdamW of the discriminator, in place of adam_beta1")
-    adversarial_loss: str = setting("hinge", "of student and discriminator: hinge or relativistic")
-    r1_weight: float = setting(0.0, "weight of the discriminator's gradient penalty (R1)")
+    discriminator_learning_rate: float = setting(2e-4, "of the discriminators")
+    discriminator_beta1: float = setting(0.5, "AdamW of the discriminators, in place of adam_beta1")
+    adversarial_loss: str = setting("hinge", "of student and discriminators: hinge or relativistic")
+    r1_weight: float = setting(0.0, "weight of the gradient penalty (R1) of the discriminator of pictures")
     lr_scheduler: str = setting("cosine_with_restarts", "one of diffusers' schedules")
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")
     lr_num_cycles: int = setting(1, "cycles of cosine_with_restarts")
@@ -214,19 +256,19 @@ class DistillConfig:
     recipe: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
 
     def __post_init__(self) -> None:
+        allowed: Collection[str | None]
         for name, allowed in (
             ("train_type", ("lora", "full")),
             ("vae_encoder", ("lora", "full", "frozen")),
             ("vae_decoder", ("full", "frozen")),
             ("adversarial_loss", ("hinge", "relativistic")),
             ("degrade_on", ("worker", "device")),
+            ("teacher_sampler", ("euler", "heun")),
             ("output", ("lora", "merged", "both")),
             ("output_dtype", (None, "fp32", "fp16", "bf16")),
             ("mixed_precision", (None, "no", "fp16", "bf16")),
         ):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(str(value) for value in allowed if value)
-                raise ConfigError(f"{name} must be one of {names}, not {getattr(self, name)!r}.")
+            _one_of(self, name, allowed)
         _at_least(1, self, COUNTS)
         _at_least(0, self, NOT_NEGATIVE)
         _at_least(16, self, ("validation_size",))  # the window of SSIM has 11 pixels
@@ -237,6 +279,8 @@ class DistillConfig:
                 raise ConfigError(f"{name} must be from 0 to below 1, not {getattr(self, name)}.")
         if self.max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm must be above 0, not {self.max_grad_norm}.")
+        if self.teacher_strength is not None and not 0 < self.teacher_strength <= 1:
+            raise ConfigError(f"teacher_strength must be above 0 and at most 1, not {self.teacher_strength}.")
         if self.mild_degradation > 1:
             raise ConfigError(f"mild_degradation must be from 0 to 1, not {self.mild_degradation}.")
         if self.resolution % self.scale:
@@ -274,6 +318,17 @@ class DistillConfig:
         for phase in self.phases:
             _at_least(0, phase, ("steps",))
             _at_least(1, phase, ("dasm_steps", "dasm_spacing"))
+            for name, allowed in (
+                ("objective", METHODS),
+                ("hsd_target", ("teacher", "hq", "none")),
+                ("hsd_noise", NOISES),
+                ("judged_real", ("hq", "teacher")),
+                ("judged_noise", NOISES),
+            ):
+                _one_of(phase, name, allowed)
+            for name in ("hsd_share", "judged_share"):
+                if not 0 < getattr(phase, name) <= 1:
+                    raise ConfigError(f"{name} must be above 0 and at most 1, not {getattr(phase, name)}.")
         open_ended = [phase.name for phase in self.phases if not phase.steps]
         if not self.max_train_steps:
             if open_ended:
@@ -331,7 +386,15 @@ class DistillConfig:
 
     def guided(self) -> bool:
         """Whether any phase needs the empty prompt: it guides teacher and fake score."""
-        return any(phase.uses("tsd") and phase.guidance_scale != 1 for phase in self.phases)
+        return any(
+            (phase.uses("tsd", "hsd") and phase.guidance_scale != 1)
+            or (phase.restores() and self.restoring_guidance(phase) != 1)
+            for phase in self.phases
+        )
+
+    def restoring_guidance(self, phase: Phase) -> float:
+        """Classifier-free guidance of a teacher that restores LQ pictures."""
+        return phase.guidance_scale if self.teacher_guidance_scale is None else self.teacher_guidance_scale
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as a recipe would say it; without secrets."""
@@ -343,6 +406,12 @@ class DistillConfig:
                 values[item.name] = value
         values["phases"] = [asdict(phase) for phase in self.phases]
         return values
+
+
+def _one_of(settings: Any, name: str, allowed: Collection[str | None]) -> None:
+    if getattr(settings, name) not in allowed:
+        names = ", ".join(value for value in allowed if value)
+        raise ConfigError(f"{name} must be one of {names}, not {getattr(settings, name)!r}.")
 
 
 def _at_least(least: int, settings: Any, names: Sequence[str]) -> None:
@@ -371,7 +440,7 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Dist
     phases = []
     for entry in listed:
         _check_names(entry, _names(Phase), f"A phase in {recipe}")
-        merged = {**in_all, **entry, **of_phases}
+        merged = _with_method({**in_all, **entry}, of_phases)
         for name in Phase.WEIGHTS:
             if name in merged and not isinstance(merged[name], list):
                 merged[name] = [merged[name]]
@@ -380,6 +449,20 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Dist
         del values["pretrain"]  # the base is there already
     file_name = Path(recipe).with_suffix(".yaml").name if recipe else None
     return typed_as(DistillConfig, {**values, **of_run, "phases": phases, "recipe": file_name})
+
+
+def _with_method(said: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a phase as a recipe says them and as they are typed, with those of the method where neither does.
+
+    A method that is typed over a recipe of another one is not mixed with it: what both methods set is the former's.
+    """
+    begun = said.get("objective", Phase.objective)
+    objective = typed.get("objective", begun)
+    if not isinstance(objective, str) or objective not in METHODS:
+        return {**said, **typed}  # refused with all else
+    if objective != begun:
+        said = {name: value for name, value in said.items() if name not in SET}
+    return {**copy.deepcopy(METHODS[objective].settings), **said, **typed}
 
 
 def _names(kind: type) -> set[str]:

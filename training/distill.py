@@ -1,4 +1,4 @@
-"""Distils a one-step student from a diffusers base (TSD-SR, arXiv 2411.18263).
+"""Distils a one-step student from a diffusers base (TSD-SR, arXiv 2411.18263, and the other methods of `methods`).
 
     accelerate launch -m tsdsr.training.distill --config training/recipes/tsdsr_sd3_medium.yaml \
         --train_data_dir PHOTOGRAPHS --output_dir runs/tsdsr
@@ -10,8 +10,6 @@ that was not, and two processes follow one with twice the accumulation.
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,17 @@ from .base import build_networks, load_base, prompts_of
 from .checkpointing import Checkpoints, StopRequest, save_only_trained
 from .config import ConfigError, DistillConfig, parse, reason
 from .data import degrade_batch
-from .draws import FAKE_SCORE as FAKE_SCORE_NOISE
-from .draws import SCORES, draws
 from .export import Hub, export, pipeline_of
-from .families import Prompt, guided_velocity
 from .inputs import batch_settings, open_photographs, read_batches
-from .losses import Reconstruction, adversarial_terms, discriminator_terms, distillation, fake_score_term
-from .networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER
-from .objectives.noise import Velocity
+from .losses import Reconstruction
+from .networks import STUDENT
 from .optimisation import NotFiniteError, Optimisation, check_finite
 from .pretrain import pretrain
 from .reporting import Report, Stopwatch, TrainingError, command
+from .terms import MicroBatch, Terms
 from .validation import Validation, bicubic, make_metrics
 
 logger = logging.getLogger("tsdsr.training")
-
-
-@dataclass
-class Made:
-    """What the student made of a micro-batch, without gradient: the other roles learn from it."""
-
-    index: int
-    prompt: Prompt
-    latents: Tensor
-    output: Tensor | None  # pictures, where a loss looked at them
-    hq: Tensor
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
@@ -88,7 +72,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     networks = build_networks(base, config, weight_dtype).to(device).eval()
     fixed, null, prompt_of = prompts_of(base, device, weight_dtype)
     optimisation = Optimisation(config, networks, accelerator)
-    model, scheduler = optimisation.model, base.family.scheduler
+    model = optimisation.model
+    terms = Terms(config, networks, model, accelerator, reconstruction, null)
 
     # 2. Where the run is
     save_only_trained(accelerator, networks.trained())
@@ -123,24 +108,15 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         report.validated(step, label, means, validation.sheet(results))
         return means, results
 
-    def velocity(role: str, prompt: Prompt, guidance_scale: float) -> Velocity:
-        """Of the network itself, past what DDP put around it: nothing flows back through it."""
-
-        def call(z: Tensor, sigma: Tensor) -> Tensor:
-            with networks.denoiser.role(role) as network, accelerator.autocast():
-                return guided_velocity(networks.family, network, prompt, null, guidance_scale)(z, sigma)
-
-        return call
-
     def exchange(micro: int) -> AbstractContextManager:
         """Processes exchange the gradients of a step once, with its last micro-batch."""
         return nullcontext() if micro + 1 == accumulation else accelerator.no_sync(model)
 
-    def backward(terms: dict[str, Tensor], weights: dict[str, float]) -> None:
-        for name, term in terms.items():
-            check_finite(f"The loss {name}", term.detach())
-        accelerator.backward(sum(weights[name] * term for name, term in terms.items()))
-        report.add(terms)
+    def backward(losses: dict[str, Tensor], weights: dict[str, float]) -> None:
+        for name, loss in losses.items():
+            check_finite(f"The loss {name}", loss.detach())
+        accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
+        report.add(losses)
 
     start = progress.get("start") or validate("start")[0]
     stop, stopping, position = StopRequest(accelerator), False, None
@@ -153,48 +129,32 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             phase, progress_in_phase = config.phase_at(step)
             weights = phase.weights(progress_in_phase)
 
-            # Equations 3 to 8: the student
-            made: list[Made] = []
+            # The student
+            made: list[MicroBatch] = []
             for micro in range(accumulation):
                 batch = next(batches)
                 index, position = batch["index"], batch["position"]
                 report.skipped(batch["skipped"])
                 hq = batch["hq"].to(device)
                 lq = batch["lq"].to(device) if "lq" in batch else degrade_batch(hq, index, settings)
-                pictures, hq, prompt = bicubic(lq, hq.shape[-2:]) * 2 - 1, hq * 2 - 1, prompt_of(batch)
+                pictures, hq = bicubic(lq, hq.shape[-2:]) * 2 - 1, hq * 2 - 1
+                with accelerator.autocast():
+                    hq_latents = batch["hq_latents"].to(device) if "hq_latents" in batch else networks.hq_latents(hq)
+                    known = networks.told(prompt_of(batch), pictures)
                 with networks.role(STUDENT), exchange(micro):
                     latents, output = model(STUDENT, pictures, prompt=fixed, decode=phase.uses(*phase.PICTURES))
-                    with accelerator.autocast():
-                        hq_latents = (
-                            batch["hq_latents"].to(device) if "hq_latents" in batch else networks.hq_latents(hq)
-                        )
-                        terms = reconstruction(weights, latents, hq_latents, output, hq)
-                        terms |= adversarial_terms(config, weights, networks.judge, output, hq)
-                    if "tsd" in weights:
-                        teacher, fake = (velocity(role, prompt, phase.guidance_scale) for role in (TEACHER, FAKE_SCORE))
-                        generator = draws(config.seed, SCORES, index)
-                        terms["tsd"] = distillation(phase, scheduler, latents, hq_latents, teacher, fake, generator)
-                    backward(terms, weights)
-                made.append(Made(index, prompt, latents.detach(), None if output is None else output.detach(), hq))
+                    one = MicroBatch(index, known, pictures, hq, hq_latents, latents, output)
+                    backward(terms.student(phase, weights, one), weights)
+                made.append(one.detached())
             optimisation.step(STUDENT)
 
-            # Equation 9: the fake score follows it
-            for update in range(config.fake_score_updates if "tsd" in weights else 0):
-                for micro, one in enumerate(made):
-                    with networks.role(FAKE_SCORE), exchange(micro):
-                        generator = draws(config.seed, FAKE_SCORE_NOISE, one.index, update)
-                        predict = partial(model, FAKE_SCORE, prompt=one.prompt)
-                        terms = {"fake_score": fake_score_term(scheduler, one.latents, predict, generator)}
-                        backward(terms, {"fake_score": 1.0})
-                optimisation.step(FAKE_SCORE)
-
-            # The discriminator learns to tell its pictures from the photographs
-            if phase.uses(*phase.ADVERSARIAL):
-                for micro, one in enumerate(made):
-                    with exchange(micro):
-                        terms = discriminator_terms(config, partial(model, DISCRIMINATOR), one.output, one.hq)
-                        backward(terms, {"discriminator": 1.0, "r1": config.r1_weight})
-                optimisation.step(DISCRIMINATOR)
+            # Who learns from what it made: a fake score, discriminators
+            for follower in terms.followers(phase):
+                for update in range(follower.updates):
+                    for micro, one in enumerate(made):
+                        with networks.role(follower.role), exchange(micro):
+                            backward(follower.terms(one, update), follower.weights)
+                    optimisation.step(follower.role)
 
             step += 1
             bar.update()

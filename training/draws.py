@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 # What a stream of numbers is for, the first part of a key: what one of them draws leaves the others alone.
-ORDER, CROPS, DEGRADATION, PLACES, SCORES, FAKE_SCORE, PRETRAINING, SAMPLING, SIZES, MASKS = range(10)
+ORDER, CROPS, DEGRADATION, PLACES, SCORES, FAKE_SCORE, PRETRAINING = range(7)
+SAMPLING, SIZES, RESTORING, JUDGED, MASKS = range(7, 12)
 
 
 def draws(seed: int, *key: int) -> torch.Generator:

@@ -23,23 +23,48 @@ from ..pipelines.loading import DTYPES
 from ..pipelines.pipeline_tsdsr import TSDSRPipeline
 from .base import EMBEDDING_FILES, Base
 from .config import ConfigError, DistillConfig, reason
+from .methods import METHODS
 from .networks import STUDENT, Networks, SharedBase
 
 LORA_DIR, PIPELINE_DIR = "lora", "pipeline"
 
 
 def pipeline_of(base: Base, networks: Networks, denoiser: Any, vae: Any) -> TSDSRPipeline:
-    """The pipeline over these networks, as they are."""
+    """The pipeline over these networks, as they are; or over a copy that reads the LQ picture once."""
+    if base.family.conditioned:
+        if denoiser is networks.network:  # with adapters on it
+            weights = next(denoiser.parameters())
+            denoiser = merged(networks.denoiser, weights.dtype).to(weights.device)
+        denoiser = without_condition(denoiser, base.family.input_scale)
     pipeline = TSDSRPipeline(
         vae=vae,
         **{base.family.component: denoiser},
-        scheduler=base.family.scheduler,
+        scheduler=base.family.pipeline_scheduler,
         prompt_embeddings=base.prompt,
         use_shift_factor=bool(networks.shift),
         timestep=base.family.timestep,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@torch.no_grad()
+def without_condition(network: Any, scale: float) -> Any:
+    """A student that reads the same latents twice, as one that reads them once.
+
+    Its first layer is linear: W [scale z, z] = (scale W_1 + W_2) z.
+
+    Args:
+        network: an SD3 transformer or a UNet, of twice as many channels as the latents have.
+        scale: of the first half.
+    """
+    name = "pos_embed.proj.weight" if hasattr(network, "pos_embed") else "conv_in.weight"
+    weights = network.state_dict()
+    first, second = weights[name].float().chunk(2, dim=1)
+    weights[name] = (scale * first + second).to(weights[name].dtype)
+    plain = type(network).from_config({**network.config, "in_channels": first.shape[1]})
+    plain.load_state_dict(weights)
+    return plain.to(weights[name].device, weights[name].dtype)
 
 
 @torch.no_grad()
@@ -177,12 +202,13 @@ def _write_card(
     # Beside a pipeline the LoRA is uploaded as a folder of its repository.
     inside = "lora" if kind == "lora" and config.push_to_hub and config.output == "both" else ""
     trained = "LoRA" if config.train_type == "lora" else "all weights"
+    used = dict.fromkeys(phase.objective for phase in config.phases)
+    methods = ", then ".join(f"{METHODS[name].title}'s method ({METHODS[name].paper})" for name in used)
     made = "ready pairs" if config.train_lq_dir else "degraded on the fly (second-order Real-ESRGAN)"
     model_card.write_card(
         folder,
         title,
-        "One-step diffusion upscaler for photographs, distilled with TSD-SR's method\n"
-        f"({model_card.PAPER}) by {_commit()}.",
+        f"One-step diffusion upscaler for photographs, distilled with {methods}\nby {_commit()}.",
         [
             f"Base: `{shown_base}`",
             f"Trained: {trained} of the {base.family.component}; VAE encoder: {config.vae_encoder}"

@@ -105,7 +105,11 @@ def adversarial_terms(
 
 
 def discriminator_terms(
-    config: DistillConfig, judge: Callable[[Tensor], Tensor], output: Tensor, hq: Tensor
+    config: DistillConfig,
+    judge: Callable[[Tensor], Tensor],
+    output: Tensor,
+    hq: Tensor,
+    r1: bool = True,
 ) -> dict[str, Tensor]:
     """What the discriminator is trained with: `discriminator`, and `r1` where it has a weight; unweighted.
 
@@ -114,12 +118,14 @@ def discriminator_terms(
         judge: from pictures to logits; called once, so that DDP sees one forward pass.
         output: the student's pictures (B, 3, H, W), about -1..1; they get no gradient.
         hq: the photographs, -1..1.
+        r1: whether the penalty is for this discriminator.
     """
-    hq = hq.detach().requires_grad_(config.r1_weight > 0)
+    r1 = r1 and config.r1_weight > 0
+    hq = hq.detach().requires_grad_(r1)
     real, fake = judge(torch.cat([hq, output.detach()])).float().chunk(2)
     loss = relativistic_discriminator_loss if config.adversarial_loss == "relativistic" else hinge_discriminator_loss
     found = {"discriminator": loss(real, fake)}
-    if config.r1_weight:
+    if r1:
         found["r1"] = r1_penalty(real, hq)
     return found
 

@@ -1,4 +1,4 @@
-"""One copy of the base network in three roles: student, frozen teacher, fake-score model; and a discriminator.
+"""One copy of the base network in three roles: student, frozen teacher, fake-score model; and discriminators.
 
 The published code holds two copies of the base (student; teacher and fake score). Here all three are peft adapters on
 one: the teacher is the base itself, or the base with an adapter of its own. Only a student that trains all of its
@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .discriminators import Discriminator
-from .families import Family, Prompt
+from .families import Family, Known, Prompt
 
-STUDENT, TEACHER, FAKE_SCORE, DISCRIMINATOR = "student", "teacher", "fake_score", "discriminator"
+STUDENT, TEACHER, FAKE_SCORE = "student", "teacher", "fake_score"
+DISCRIMINATOR, LATENT_DISCRIMINATOR = "discriminator", "latent_discriminator"
 
 
 class SharedBase:
@@ -117,6 +118,7 @@ class Networks(nn.Module):
             decoder is the student's, trained or not: nobody else decodes.
         shift: added to latents before they are scaled, negated (SD3's shift_factor, which TSD-SR does not use).
         discriminator: of the student's pictures, where a loss asks for one.
+        latent_discriminator: of its latents, likewise.
     """
 
     def __init__(
@@ -126,13 +128,20 @@ class Networks(nn.Module):
         vae: SharedBase,
         shift: float = 0.0,
         discriminator: Discriminator | None = None,
+        latent_discriminator: Discriminator | None = None,
     ):
         super().__init__()
         self.family, self.denoiser, self.codec, self.shift = family, denoiser, vae, shift
         self.scaling = vae.network.config.scaling_factor
         self.network, self.vae = denoiser.network, vae.network
         self.student_network, self.student_vae = denoiser.own_student, vae.own_student
-        self.discriminator = discriminator
+        self.discriminator, self.latent_discriminator = discriminator, latent_discriminator
+
+    @property
+    def discriminators(self) -> dict[str, Discriminator]:
+        """Those there are, by their roles."""
+        found = {DISCRIMINATOR: self.discriminator, LATENT_DISCRIMINATOR: self.latent_discriminator}
+        return {role: one for role, one in found.items() if one is not None}
 
     @contextmanager
     def role(self, role: str) -> Iterator[tuple[Any, Any]]:
@@ -142,21 +151,21 @@ class Networks(nn.Module):
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """What is trained in one role."""
-        if role == DISCRIMINATOR:
-            return [] if self.discriminator is None else list(self.discriminator.parameters())
+        if role in (DISCRIMINATOR, LATENT_DISCRIMINATOR):
+            return list(self.discriminators[role].parameters()) if role in self.discriminators else []
         return self.denoiser.parameters(role) + self.codec.parameters(role)
 
     def trained(self) -> dict[str, Tensor]:
-        """What a run changes, by name: what is trained in any role, and what the discriminator's norms remember."""
+        """What a run changes, by name: what is trained in any role, and what discriminators' norms remember."""
         found: dict[str, Tensor] = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
-        if self.discriminator is not None:
-            found |= {f"{DISCRIMINATOR}.{name}": buffer for name, buffer in self.discriminator.named_buffers()}
+        for role, discriminator in self.discriminators.items():
+            found |= {f"{role}.{name}": buffer for name, buffer in discriminator.named_buffers()}
         return found
 
     def stepped(self, role: str) -> None:
         """A role's weights have moved: what depends on them follows."""
-        if role == DISCRIMINATOR and self.discriminator is not None:
-            self.discriminator.renew_norms()
+        if role in self.discriminators:
+            self.discriminators[role].renew_norms()
 
     def forward(
         self,
@@ -164,57 +173,62 @@ class Networks(nn.Module):
         inputs: Tensor,
         sigma: Tensor | None = None,
         *,
-        prompt: Prompt | None = None,
+        prompt: Known | None = None,
         decode: bool = False,
     ) -> Any:
         """What a role computes; called, and followed by its backward pass, within `role(role)`.
 
         Args:
-            role: the student, the discriminator, or one that predicts velocities.
-            inputs: pictures (B, 3, H, W) in -1..1 for the former two, latents (B, C, h, w) for the latter and for a
-                discriminator of latents.
+            role: the student, a discriminator, or one that predicts velocities.
+            inputs: pictures (B, 3, H, W) in -1..1 for the student and the discriminator of pictures, latents
+                (B, C, h, w) for the others.
             sigma: levels (B,) of the latents.
             prompt: what is conditioned on one: all but a discriminator of pictures.
             decode: whether the student's pictures are wanted.
 
         Returns:
-            The student's latents, and its pictures or None; the discriminator's logits; a velocity.
+            The student's latents, and its pictures or None; a discriminator's logits; a velocity.
         """
-        if role == DISCRIMINATOR:
-            assert self.discriminator is not None
-            return self.discriminator(inputs) if sigma is None else self.discriminator(inputs, sigma, prompt)
+        if role in self.discriminators:
+            known = () if sigma is None else (sigma, prompt)
+            return self.discriminators[role](inputs, *known)
         assert prompt is not None
         with self.role(role) as (denoiser, vae):
             if sigma is not None:
                 return self.family.velocity(denoiser, prompt)(inputs, sigma)
-            latents = self.family.one_step(denoiser, self._encode(vae, inputs), prompt)
+            latents = self.family.one_step(denoiser, self._encode(vae, inputs), (prompt[0], prompt[1]))
             return latents, self.decode(latents) if decode else None
 
-    def judge(self, inputs: Tensor, *known: Any) -> list[Tensor]:
-        """The discriminator's maps of pictures (B, 3, H, W), or of noisy latents with their levels and prompt; logits
+    def judge(self, role: str, inputs: Tensor, *known: Any) -> list[Tensor]:
+        """A discriminator's maps of pictures (B, 3, H, W), or of noisy latents with their levels and prompt; logits
         last. Past DDP: its weights get no gradient.
         """
-        assert self.discriminator is not None
-        return self.discriminator.judge(inputs, *known)
+        return self.discriminators[role].judge(inputs, *known)
 
     def memory(self) -> str:
         """One sentence on what the shared base saves."""
         one = sum(w.numel() * w.element_size() for n, w in self.network.named_parameters() if ".lora_" not in n) / 1e9
+        followed = FAKE_SCORE in self.denoiser.names
         if self.student_network is None:
+            others = "teacher and fake score" if followed else "teacher"
             return (
-                f"One copy of the base's {self.family.component} serves student, teacher and fake score: {one:.3g} GB "
-                f"of weights, where two copies would take {2 * one:.3g} GB."
+                f"One copy of the base's {self.family.component} serves student{',' if followed else ' and'} {others}: "
+                f"{one:.3g} GB of weights, where two copies would take {2 * one:.3g} GB."
             )
         return (
-            f"One copy of the base's {self.family.component} ({one:.3g} GB of weights) serves teacher and fake score; "
-            "the student trains all of its own."
+            f"One copy of the base's {self.family.component} ({one:.3g} GB of weights) serves "
+            f"{'teacher and fake score' if followed else 'the teacher'}; the student trains all of its own."
         )
 
     @torch.no_grad()
     def hq_latents(self, pictures: Tensor) -> Tensor:
-        """The latents z that the base's own encoder gives pictures (B, 3, H, W) in -1..1; float32."""
+        """The latents that the base's own encoder gives pictures (B, 3, H, W) in -1..1; float32."""
         with self.codec.role(TEACHER) as vae:
             return self._encode(vae, pictures).float()
+
+    def told(self, prompt: Prompt, pictures: Tensor) -> Known:
+        """What a denoiser is told: the prompt, and of one that restores the enlarged LQ pictures, -1..1."""
+        return (*prompt, self.hq_latents(pictures)) if self.family.conditioned else prompt
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about -1..1, float32; with gradient to latents and, if trained, decoder."""

@@ -12,7 +12,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from .config import ConfigError, DistillConfig, Phase
-from .networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, Networks
+from .networks import DISCRIMINATOR, FAKE_SCORE, LATENT_DISCRIMINATOR, STUDENT, Networks
+
+JUDGES = (DISCRIMINATOR, LATENT_DISCRIMINATOR)
 
 
 class NotFiniteError(RuntimeError):
@@ -55,13 +57,14 @@ class Optimisation:
             STUDENT: config.learning_rate,
             FAKE_SCORE: config.fake_score_learning_rate,
             DISCRIMINATOR: config.discriminator_learning_rate,
+            LATENT_DISCRIMINATOR: config.discriminator_learning_rate,
         }
         self._weights = {role: weights for role in rates if (weights := networks.parameters_of(role))}
         optimizers = {
             role: torch.optim.AdamW(
                 weights,
                 lr=rates[role],
-                betas=(config.discriminator_beta1 if role == DISCRIMINATOR else config.adam_beta1, config.adam_beta2),
+                betas=(config.discriminator_beta1 if role in JUDGES else config.adam_beta1, config.adam_beta2),
                 eps=config.adam_epsilon,
                 weight_decay=config.adam_weight_decay,
             )
@@ -76,10 +79,10 @@ class Optimisation:
             accelerator.register_for_checkpointing(self._average)
 
     def _schedule(self, role: str, optimizer: torch.optim.Optimizer) -> Any:
-        """In steps of the student; the discriminator's over those in which there is one."""
+        """In steps of the student; a discriminator's over those in which there is one."""
         config = self._config
         updates = config.fake_score_updates if role == FAKE_SCORE else 1
-        steps = config.steps_using(*Phase.ADVERSARIAL) if role == DISCRIMINATOR else config.max_train_steps
+        steps = config.steps_using(*Phase.FOLLOWERS[role]) if role in JUDGES else config.max_train_steps
         try:
             return get_scheduler(
                 config.lr_scheduler,

@@ -175,7 +175,9 @@ class Teacher:
     """What of a base many steps need.
 
     Attributes:
-        velocity: of its network, guidance inside.
+        given: the velocity callable of its network, guidance inside, for latents of LQ pictures or, where it reads
+            none, for None.
+        reads_lq: whether it reads them.
         scheduler: its training schedule.
         encode: pictures (B, 3, H, W) in -1..1 -> latents (B, C, h, w).
         decode: latents -> pictures, about -1..1.
@@ -186,7 +188,7 @@ class Teacher:
         device: where the networks are.
     """
 
-    velocity: Velocity
+    given: Callable[[Tensor | None], Velocity]
     scheduler: Any
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -195,6 +197,7 @@ class Teacher:
     multiple: int
     longest: int | None
     device: torch.device
+    reads_lq: bool = False
 
     @classmethod
     def of(cls, base: Base, shift: float, device: torch.device, guidance_scale: float = 1.0) -> "Teacher":
@@ -210,22 +213,28 @@ class Teacher:
         networks.to(device, torch.float32).eval()
         prompt, null, _ = prompts_of(base, device, torch.float32)
 
-        def velocity(z: Tensor, sigma: Tensor) -> Tensor:
-            with networks.denoiser.role(TEACHER) as network:
-                return guided_velocity(base.family, network, prompt, null, guidance_scale)(z, sigma)
+        def given(lq_latents: Tensor | None) -> Velocity:
+            known = prompt if lq_latents is None or not base.family.conditioned else (*prompt, lq_latents)
+
+            def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+                with networks.denoiser.role(TEACHER) as network:
+                    return guided_velocity(base.family, network, known, null, guidance_scale)(z, sigma)
+
+            return velocity
 
         latent_side, multiple = sides(base.family, base.denoiser, base.vae)
         patches = base.denoiser.config.get("pos_embed_max_size")
         return cls(
-            velocity=velocity,
+            given=given,
             scheduler=base.family.scheduler,
             encode=networks.hq_latents,
             decode=networks.decode,
-            channels=base.denoiser.config.in_channels,
+            channels=base.vae.config.latent_channels,
             latent_side=latent_side,
             multiple=multiple,
             longest=patches * multiple if patches else None,
             device=device,
+            reads_lq=base.family.conditioned,
         )
 
 
@@ -236,7 +245,7 @@ def draw(
     """One picture (1, 3, H, W) in 0..1 from noise; `size` is (H, W), multiples of `teacher.multiple`."""
     height, width = (side // teacher.latent_side for side in size)
     noise = torch.randn(1, teacher.channels, height, width, generator=generator).to(teacher.device)
-    latents = sample(teacher.velocity, teacher.scheduler, noise, steps, sampler)
+    latents = sample(teacher.given(None), teacher.scheduler, noise, steps, sampler)
     return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
@@ -262,7 +271,8 @@ def restore(
         (B, 3, H, W) in 0..1; float32, on the teacher's device.
     """
     latents = teacher.encode(pictures.to(teacher.device) * 2 - 1)
-    latents = restore_latents(teacher.velocity, teacher.scheduler, latents, generator, steps, sampler, strength)
+    velocity = teacher.given(latents)
+    latents = restore_latents(velocity, teacher.scheduler, latents, generator, steps, sampler, strength)
     return (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
@@ -333,6 +343,7 @@ def make_sheet(options: argparse.Namespace) -> str:
         pretrained_model_name_or_path=options.base,
         train_data_dir=options.photographs or ".",  # nothing is trained on
         vae_encoder="frozen",
+        output="merged",  # neither is a student written
         resolution=options.resolution,
         scale=options.scale,
         seed=options.seed,
@@ -362,6 +373,8 @@ def make_sheet(options: argparse.Namespace) -> str:
     if teacher.longest and options.resolution > teacher.longest:
         raise ConfigError(f"resolution must be at most {teacher.longest} for {options.base}, not {options.resolution}.")
 
+    if teacher.reads_lq and not pairs:
+        raise ConfigError(f"{options.base} restores LQ pictures and draws none of its own: name some (--photographs).")
     how = {"seed": options.seed, "steps": options.steps, "sampler": options.sampler}
     if pairs:
         rows = restoration_rows(teacher, pairs, options.strength, **how)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from .config import DistillConfig
 from .discriminators import Discriminator
-from .families import Family, Prompt
+from .families import Family, Known
 from .networks import TEACHER, SharedBase
 
 
@@ -60,14 +61,14 @@ class TeacherFeatures:
             self.channels = [network.config.block_out_channels[index] for index in chosen]
         self._blocks = [blocks[index] for index in chosen]
 
-    def __call__(self, latents: Tensor, sigma: Tensor, prompt: Prompt) -> list[Tensor]:
+    def __call__(self, latents: Tensor, sigma: Tensor, prompt: Known) -> list[Tensor]:
         """Maps of noisy latents (B, C, h, w) at levels sigma (B,), in the dtype that the network computes in."""
         if self._denoiser.network.is_gradient_checkpointing:
             # All of it at once, so that it is in the teacher's role when it is recomputed.
             return checkpoint(self._maps, latents, sigma, prompt, use_reentrant=False, preserve_rng_state=False)
         return self._maps(latents, sigma, prompt)
 
-    def _maps(self, latents: Tensor, sigma: Tensor, prompt: Prompt) -> list[Tensor]:
+    def _maps(self, latents: Tensor, sigma: Tensor, prompt: Known) -> list[Tensor]:
         found: list[Tensor] = []
 
         def take(block: nn.Module, _: Any, output: Any) -> None:
@@ -185,7 +186,7 @@ class TimeAwareDiscriminator(Discriminator):
         told = time_width if time_aware else 0
         self.heads = nn.ModuleList([Head(channels, width or channels, votes, told) for channels in teacher.channels])
 
-    def features(self, latents: Tensor, sigma: Tensor, prompt: Prompt) -> list[Tensor]:
+    def features(self, latents: Tensor, sigma: Tensor, prompt: Known) -> list[Tensor]:
         """What each head votes on, (B, width, positions), then all votes, (B, votes of all positions of all maps).
 
         Args:
@@ -207,3 +208,14 @@ class TimeAwareDiscriminator(Discriminator):
                 found.append(head(one.float().contiguous(), time))
         hidden, votes = zip(*found, strict=True)
         return [*hidden, torch.cat(votes, dim=1)]
+
+
+def make_latent_discriminator(config: DistillConfig, family: Family, denoiser: SharedBase) -> TimeAwareDiscriminator:
+    """As a run's settings ask for it, in eval mode."""
+    found = TimeAwareDiscriminator(
+        TeacherFeatures(family, denoiser, config.latent_discriminator_depths),
+        config.latent_discriminator_width or None,
+        config.latent_discriminator_votes,
+        time_aware=config.time_aware,
+    )
+    return found.eval()

@@ -127,6 +127,64 @@ def test_the_settings_as_a_recipe_are_the_same_settings(recipe, tmp_path):
     assert again == dataclasses.replace(config, hub_token=None)
 
 
+TERMS = ("latent_mse", "teacher_mse", "tsd", "vsd_weight", "dasm_steps", "hsd", "latent_adversarial")
+OF_METHODS = {
+    "tsd": ([1.0], [0.0], [1.0], 0.7, 4, [0.0], [0.0]),
+    "vsd": ([1.0], [0.0], [1.0], 1.0, 1, [0.0], [0.0]),
+    "tad": ([0.0], [1.0], [0.0], 0.7, 4, [1.0], [0.02]),
+}
+
+
+def terms_of(phase):
+    return tuple(getattr(phase, name) for name in TERMS)
+
+
+@pytest.mark.parametrize("objective", OF_METHODS)
+def test_a_method_is_one_line(recipe, objective):
+    """Of a recipe, of one of its phases, or a flag; and its own terms as a recipe are the same settings."""
+    for flags in (
+        ["--objective", objective],
+        recipe({"objective": objective}),
+        recipe(f"phases: [{{objective: {objective}}}]"),
+    ):
+        config = parse([*ENOUGH, *flags])
+        (phase,) = config.phases
+        assert phase.objective == objective and terms_of(phase) == OF_METHODS[objective]
+        assert parse(recipe(config.to_dict())).phases == [phase]
+
+
+def test_what_is_said_wins_over_the_method(recipe):
+    said = {"objective": "tad", "hsd": 2, "phases": [{"steps": 2}, {"objective": "vsd", "dasm_steps": 3}]}
+    tad, vsd = parse([*ENOUGH, *recipe(said)]).phases
+    assert tad.hsd == [2.0] and tad.teacher_mse == [1.0] and tad.tsd == [0.0]
+    assert (vsd.hsd, vsd.dasm_steps, vsd.vsd_weight, vsd.tsd) == ([2.0], 3, 1.0, [1.0])
+    (phase,) = parse([*ENOUGH, "--objective", "tad", "--latent_adversarial", "0", "--latent_mse", "0.5"]).phases
+    assert phase.latent_adversarial == [0.0] and phase.latent_mse == [0.5] and phase.hsd == [1.0]
+    (phase,) = parse([*ENOUGH, *recipe({"objective": "tad", "hsd": 2}), "--objective", "tad"]).phases
+    assert phase.hsd == [2.0]
+
+
+def test_a_method_that_is_typed_is_not_mixed_with_that_of_the_recipe(recipe):
+    one, two = parse([*ENOUGH, *recipe(TWO_PHASES), "--objective", "tad", "--hsd", "3"]).phases
+    for phase in (one, two):
+        assert terms_of(phase) == (*OF_METHODS["tad"][:5], [3.0], [0.02])
+    assert (one.steps, two.steps) == (10, 20)
+    recipe = recipe({"objective": "tad", "hsd": 2, "pixel_l1": 3})
+    (phase,) = parse([*ENOUGH, *recipe, "--objective", "tsd"]).phases
+    assert terms_of(phase) == OF_METHODS["tsd"] and phase.pixel_l1 == [3.0]
+
+
+def test_who_needs_the_empty_prompt():
+    def guided(*flags):
+        return parse([*ENOUGH, *flags]).guided()
+
+    assert guided() and not guided("--guidance_scale", "1") and not guided("--tsd", "0")
+    assert guided("--objective", "tad") and not guided("--objective", "tad", "--guidance_scale", "1")
+    only = ["--objective", "tad", "--guidance_scale", "1", "--teacher_guidance_scale", "3"]
+    assert guided(*only) and not guided(*only, "--hsd_target", "none", "--teacher_mse", "0")
+    assert guided(*only, "--hsd_target", "hq", "--teacher_mse", "0", "--judged_real", "teacher")
+
+
 def test_a_base_that_is_typed_stands_for_the_one_a_recipe_would_train(recipe):
     section = {"vae": {}, "transformer": {}}
     config = parse([*recipe({"pretrain": section, "guidance_scale": 1}), *DATA, *BASE, "--max_train_steps", "1"])
@@ -152,6 +210,15 @@ def test_a_pretrained_base_is_said_as_well(recipe):
         (["--vae_encoder", "no"], "vae_encoder must be one of lora, full, frozen, not 'no'."),
         (["--vae_decoder", "lora"], "vae_decoder must be one of full, frozen, not 'lora'."),
         (["--adversarial_loss", "wgan"], "adversarial_loss must be one of hinge, relativistic, not 'wgan'."),
+        (["--objective", "add"], "objective must be one of tsd, vsd, tad, not 'add'."),
+        (["--hsd_target", "lq"], "hsd_target must be one of teacher, hq, none, not 'lq'."),
+        (["--judged_real", "lq"], "judged_real must be one of hq, teacher, not 'lq'."),
+        (["--hsd_noise", "pink"], "hsd_noise must be one of gaussian, uniform, not 'pink'."),
+        (["--judged_noise", "pink"], "judged_noise must be one of gaussian, uniform, not 'pink'."),
+        (["--hsd_share", "0"], "hsd_share must be above 0 and at most 1, not 0.0."),
+        (["--judged_share", "1.5"], "judged_share must be above 0 and at most 1, not 1.5."),
+        (["--teacher_strength", "0"], "teacher_strength must be above 0 and at most 1, not 0.0."),
+        (["--teacher_sampler", "dpm"], "teacher_sampler must be one of euler, heun, not 'dpm'."),
         (["--degrade_on", "disk"], "degrade_on must be one of worker, device, not 'disk'."),
         (["--output", "all"], "output must be one of lora, merged, both, not 'all'."),
         (["--mixed_precision", "fp8"], "mixed_precision must be one of no, fp16, bf16, not 'fp8'."),
@@ -161,7 +228,8 @@ def test_a_pretrained_base_is_said_as_well(recipe):
                 *("rank", "fake_score_rank", "vae_rank", "resolution", "scale", "train_batch_size", "lr_num_cycles"),
                 *("gradient_accumulation_steps", "fake_score_updates", "checkpointing_steps", "logging_steps"),
                 *("checkpoints_total_limit", "dasm_steps", "dasm_spacing"),
-                *("discriminator_width", "discriminator_layers"),
+                *("discriminator_width", "discriminator_layers", "teacher_steps"),
+                *("latent_discriminator_depths", "latent_discriminator_votes"),
             )
         ),
         *(
@@ -170,7 +238,7 @@ def test_a_pretrained_base_is_said_as_well(recipe):
                 *("dataloader_num_workers", "validation_photographs", "max_validation_images", "seed"),
                 *("max_train_steps", "learning_rate", "fake_score_learning_rate", "lr_warmup_steps", "adam_epsilon"),
                 *("adam_weight_decay", "validation_steps", "mild_degradation"),
-                *("discriminator_learning_rate", "r1_weight"),
+                *("discriminator_learning_rate", "r1_weight", "latent_discriminator_width"),
             )
         ),
         (["--validation_size", "8"], "validation_size must be at least 16, not 8."),
@@ -249,6 +317,8 @@ def test_what_is_missing_is_named():
         ("checkpoints_total_limit: few", "checkpoints_total_limit cannot be 'few'; it is a whole number."),
         ("data_files: 5", "data_files cannot be 5; it is a list of texts."),
         ("pretrain: 5", "pretrain cannot be 5; it is a section with settings of its own."),
+        ("objective: [tad]", "objective cannot be ['tad']; it is text."),
+        ("objective: add", "objective must be one of tsd, vsd, tad, not 'add'."),
         ("tsd: true", "tsd cannot be [True]; it is a list of numbers."),
         ("step_weights: '11'", "step_weights cannot be '11'; it is a list of numbers."),
         ("phases: [{steps: 0, name: one}, {steps: 2}]", "Phase 'one' has no steps, which only the last phase may"),

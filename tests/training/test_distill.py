@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tsdsr import TSDSRPipeline
 from tsdsr.imaging import read
 from tsdsr.training import distill as module
+from tsdsr.training import terms
 from tsdsr.training.config import ConfigError
 from tsdsr.training.data import BatchSettings
 from tsdsr.training.distill import TrainingError, distill
@@ -83,13 +84,13 @@ def test_killed_and_resumed_follows_the_unbroken_run(whole, arguments, command, 
     """SIGKILL in the middle of step 4, after the checkpoint of step 2: losses and weights repeat to the last bit."""
     code = (
         "import os, signal, sys\n"
-        "from tsdsr.training import distill as module\n"
-        "real, calls = module.fake_score_term, []\n"
+        "from tsdsr.training import distill as module, terms\n"
+        "real, calls = terms.fake_score_term, []\n"
         "def killing(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*arguments)\n"
-        "module.fake_score_term = killing\n"
+        "terms.fake_score_term = killing\n"
         "module.main(sys.argv[1:])\n"
     )
     killed = command("-c", code, *arguments(tmp_path))
@@ -150,17 +151,17 @@ def test_sigterm_saves_and_stops(whole, arguments, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
-    real, calls = module.distillation, []
+    real, calls = terms.distillation, []
 
     def poisoned(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(module, "distillation", poisoned)
+    monkeypatch.setattr(terms, "distillation", poisoned)
     with pytest.raises(TrainingError, match=r"loss tsd became nan in step 4; .*checkpoint-2 is whole"):
         distill(config(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
-    monkeypatch.setattr(module, "distillation", real)
+    monkeypatch.setattr(terms, "distillation", real)
     assert distill(config(tmp_path, resume_from_checkpoint="latest"))["student"]
 
 
@@ -458,7 +459,7 @@ def test_there_is_a_discriminator_only_where_a_phase_has_one(config, tmp_path):
 def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
     """The pictures that the student was judged by, once more without gradient; and only its own update moves it."""
     judged, learned, states = [], [], []
-    real = {name: getattr(module, name) for name in ("adversarial_terms", "discriminator_terms")}
+    real = {name: getattr(terms, name) for name in ("adversarial_terms", "discriminator_terms")}
     real_step = Optimisation.step
 
     def adversarial_terms(settings, weights, judge, output, hq):
@@ -475,8 +476,8 @@ def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
         states.append((role, any(weight.grad is not None for weight in weights), weights[0].detach().clone()))
         return real_step(self, role)
 
-    monkeypatch.setattr(module, "adversarial_terms", adversarial_terms)
-    monkeypatch.setattr(module, "discriminator_terms", discriminator_terms)
+    monkeypatch.setattr(terms, "adversarial_terms", adversarial_terms)
+    monkeypatch.setattr(terms, "discriminator_terms", discriminator_terms)
     monkeypatch.setattr(Optimisation, "step", step)
     more = {"gradient_accumulation_steps": 2, "max_train_steps": 2, "validation_photographs": 0, "output": "merged"}
     distill(config(tmp_path, **AGAINST, **more))
@@ -540,7 +541,8 @@ def test_switches_change_what_they_say(config, tmp_path):
 def test_what_a_step_puts_where(config, tmp_path, monkeypatch, base_folder):
     """Teacher: the base, for good. Fake score: it follows, on the student's latents. Pictures go in as -1..1."""
     batches, distilled, followed, pictures, reconstructed, passed = [], [], [], [], [], []
-    real = {name: getattr(module, name) for name in ("read_batches", "distillation", "fake_score_term")}
+    real = {"read_batches": module.read_batches}
+    real |= {name: getattr(terms, name) for name in ("distillation", "fake_score_term")}
     real_forward, real_losses, real_backward = Networks.forward, Reconstruction.__call__, Accelerator.backward
     z, sigma = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.full((1,), 0.5)
 
@@ -572,9 +574,9 @@ def test_what_a_step_puts_where(config, tmp_path, monkeypatch, base_folder):
         passed.append(loss.detach())
         return real_backward(self, loss)
 
-    for name, spy in (("read_batches", read_batches), ("distillation", distillation)):
-        monkeypatch.setattr(module, name, spy)
-    monkeypatch.setattr(module, "fake_score_term", fake_score_term)
+    monkeypatch.setattr(module, "read_batches", read_batches)
+    monkeypatch.setattr(terms, "distillation", distillation)
+    monkeypatch.setattr(terms, "fake_score_term", fake_score_term)
     monkeypatch.setattr(Networks, "forward", forward)
     monkeypatch.setattr(Reconstruction, "__call__", losses)
     monkeypatch.setattr(Accelerator, "backward", backward)
@@ -625,13 +627,13 @@ def test_accumulated_micro_batches_count_as_their_mean(config, tmp_path, monkeyp
 
 
 def test_every_micro_batch_has_draws_of_its_own(config, tmp_path, monkeypatch):
-    real, seeds = module.distillation, []
+    real, seeds = terms.distillation, []
 
     def distillation(*arguments):
         seeds.append(arguments[-1].initial_seed())
         return real(*arguments)
 
-    monkeypatch.setattr(module, "distillation", distillation)
+    monkeypatch.setattr(terms, "distillation", distillation)
     same = {"max_train_steps": 2, "gradient_accumulation_steps": 2, "validation_photographs": 0, "output": "lora"}
     distill(config(tmp_path, **same))
     assert len(seeds) == len(set(seeds)) == 4

@@ -25,6 +25,7 @@ from tsdsr import TSDSRPipeline
 from tsdsr.imaging import Picture, find_images, read, write
 from tsdsr.pipelines.text import load_text_encoder
 from tsdsr.training import distill as module
+from tsdsr.training import terms
 from tsdsr.training.config import ConfigError
 from tsdsr.training.data import PreparedShards, load_uint8
 from tsdsr.training.data.prepare import prepare
@@ -102,7 +103,7 @@ def test_a_stream_that_is_stopped_and_resumed(
         return config(tmp_path / name, **{**given, "dataloader_num_workers": num_workers, **more})
 
     distill(settings("whole"))
-    real, calls = module.fake_score_term, []
+    real, calls = terms.fake_score_term, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -111,7 +112,7 @@ def test_a_stream_that_is_stopped_and_resumed(
         return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "fake_score_term", stopping)
+        patched.setattr(terms, "fake_score_term", stopping)
         assert distill(settings("again")) == {}
     assert [path.name for path in (tmp_path / "again" / "checkpoints").iterdir()] == ["checkpoint-2"]
     with pytest.raises(ConfigError, match="its position only fits the same numbers"):
@@ -220,7 +221,7 @@ def test_captions_and_the_empty_prompt_come_from_the_shards(sd3, shards, config,
         save_file({stem: tensor}, tmp_path / "prompt" / f"{stem}.safetensors")
 
     captions, guided, forwarded = [], [], []
-    real_batches, real_guided, real_forward = module.read_batches, module.guided_velocity, Networks.forward
+    real_batches, real_guided, real_forward = module.read_batches, terms.guided_velocity, Networks.forward
 
     def read_batches(*arguments, **more):
         for batch in real_batches(*arguments, **more):
@@ -236,7 +237,7 @@ def test_captions_and_the_empty_prompt_come_from_the_shards(sd3, shards, config,
         return real_forward(self, role, *arguments, prompt=prompt, **more)
 
     monkeypatch.setattr(module, "read_batches", read_batches)
-    monkeypatch.setattr(module, "guided_velocity", guided_velocity)
+    monkeypatch.setattr(terms, "guided_velocity", guided_velocity)
     monkeypatch.setattr(Networks, "forward", forward)
     more = {"pretrained_model_name_or_path": base, "prompt_embeds": tmp_path / "prompt", "train_data_dir": shards}
     distill(config(tmp_path / "run", **more, validation_photographs=None, guidance_scale=7.5, max_train_steps=3))

@@ -37,8 +37,9 @@ AGAINST = {"vae_decoder": "full", "pixel_l1": 1, "adversarial": 0.1, "feature_ma
         {},
         {"train_type": "full", "vae_encoder": "full", "fake_score_updates": 2},
         {**AGAINST, "discriminator_width": 4, "discriminator_layers": 2},
+        {"objective": "tad", "teacher_steps": 2, "latent_discriminator_width": 8, "latent_discriminator_votes": 2},
     ],
-    ids=["lora", "full", "adversarial"],
+    ids=["lora", "full", "adversarial", "tad"],
 )
 def test_two_processes_equal_one_with_accumulation(arguments, tmp_path, more):
     steps = {"max_train_steps": 10, "checkpointing_steps": 5, "output": "merged", **more}

@@ -205,7 +205,7 @@ def test_the_discriminator_is_a_role_of_its_own(networks, inputs):
     assert {name for name in more if name.endswith(("._u", "._v"))} and all("discriminator." in name for name in more)
     pictures = torch.rand(2, 3, 16, 16)
     assert ours(DISCRIMINATOR, pictures).shape == (2, 1, 8, 8)
-    torch.testing.assert_close(ours.judge(pictures)[-1], ours(DISCRIMINATOR, pictures))
+    torch.testing.assert_close(ours.judge(DISCRIMINATOR, pictures)[-1], ours(DISCRIMINATOR, pictures))
     before = {name: buffer.clone() for name, buffer in ours.discriminator.named_buffers()}
     with torch.no_grad():
         for weight in weights:

@@ -28,10 +28,14 @@ def test_a_recipe_can_be_run(path):
 
         settings = PretrainConfig.from_dict(config.pretrain)
         assert settings.teacher.steps == said["pretrain"]["teacher"]["steps"]
+        vae, family, denoiser = settings.build()
+        assert denoiser.config.in_channels == (1 + family.conditioned) * vae.config.latent_channels
 
 
 def test_there_are_recipes():
-    assert {"tiny_cpu", "tsdsr_sd3_medium", "tsdsr_sd21"} <= {path.stem for path in DISTILLED}
+    assert {"tiny_cpu", "tsdsr_sd3_medium", "tsdsr_sd21", "tadsr_sd3_medium", "tadsr_sd21", "tadsr_tiny_cpu"} <= {
+        path.stem for path in DISTILLED
+    }
 
 
 def test_the_published_schedule():
@@ -54,3 +58,14 @@ def test_a_recipe_is_found_by_its_name(name, tmp_path, monkeypatch):
         "{seed: 7, pretrained_model_name_or_path: b, max_train_steps: 1}"
     )
     assert parse(["--config", "recipes/tiny_cpu.yaml", "--train_data_dir", "x"]).seed == 7
+
+
+@pytest.mark.parametrize("name", ["tadsr_sd21", "tadsr_sd3_medium"])
+def test_the_published_numbers_of_tad_sr(name):
+    """Of the variant for Stable Diffusion 2 (train_tadsr.py): weights, rates, steps; no fake score."""
+    config = parse(["--config", name, "--train_data_dir", "x"])
+    (phase,) = config.phases
+    assert phase.weights(0) == {"teacher_mse": 0.2, "hsd": 1.0, "latent_adversarial": 0.2}
+    assert config.learning_rate == config.discriminator_learning_rate == 2e-5 and config.max_train_steps == 30000
+    assert (phase.hsd_target, phase.judged_real, phase.hsd_noise, phase.hsd_share) == ("teacher", "hq", "gaussian", 0.2)
+    assert phase.guidance_scale == 1 and config.guided()

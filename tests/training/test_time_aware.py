@@ -11,7 +11,7 @@ from torch import nn
 from tsdsr.training.base import lora_config
 from tsdsr.training.discriminators import Discriminator
 from tsdsr.training.families import Ddpm, RectifiedFlow
-from tsdsr.training.networks import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, Networks, SharedBase
+from tsdsr.training.networks import FAKE_SCORE, LATENT_DISCRIMINATOR, STUDENT, TEACHER, Networks, SharedBase
 from tsdsr.training.objectives import hinge_discriminator_loss, hinge_student_loss
 from tsdsr.training.time_aware import Head, TeacherFeatures, TimeAwareDiscriminator
 
@@ -260,17 +260,30 @@ def test_it_is_one_of_the_networks(make_pipeline, case):
     """Called through them, where DDP sees it, and past it; a checkpoint holds weights and norms of the heads."""
     discriminator = case.discriminator()
     vae = make_pipeline("kl").vae
-    networks = Networks(case.family, case.denoiser, SharedBase(vae, {}), discriminator=discriminator)
+    networks = Networks(case.family, case.denoiser, SharedBase(vae, {}), latent_discriminator=discriminator)
     expected = discriminator(case.latents, SIGMA, case.prompt)
-    assert torch.equal(networks(DISCRIMINATOR, case.latents, SIGMA, prompt=case.prompt), expected)
-    assert torch.equal(networks.judge(case.latents, SIGMA, case.prompt)[-1], expected)
-    assert set(networks.parameters_of(DISCRIMINATOR)) == set(discriminator.parameters())
-    held = {name for name in networks.trained() if name.startswith("discriminator.")}
-    assert held == {f"discriminator.{name}" for name in discriminator.state_dict()}
+    assert torch.equal(networks(LATENT_DISCRIMINATOR, case.latents, SIGMA, prompt=case.prompt), expected)
+    assert torch.equal(networks.judge(LATENT_DISCRIMINATOR, case.latents, SIGMA, case.prompt)[-1], expected)
+    assert set(networks.parameters_of(LATENT_DISCRIMINATOR)) == set(discriminator.parameters())
+    held = {name for name in networks.trained() if name.startswith("latent_discriminator.")}
+    assert held == {f"latent_discriminator.{name}" for name in discriminator.state_dict()}
     before = copy.deepcopy(discriminator.state_dict())
-    networks.stepped(DISCRIMINATOR)
+    networks.stepped(LATENT_DISCRIMINATOR)
     moved = {name for name, tensor in discriminator.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and all(name.endswith(("._u", "._v")) for name in moved)
+
+
+def test_prompts_of_a_batch_are_those_of_the_batch_twice_over(case):
+    """Real and made latents are judged in one call, each with its own sample's prompt."""
+    generator = torch.Generator().manual_seed(4)
+    embeds, pooled = case.prompt
+    prompt = torch.randn(2, *embeds.shape[1:], generator=generator), None
+    if pooled is not None:
+        prompt = prompt[0], torch.randn(2, *pooled.shape[1:], generator=generator)
+    discriminator = case.discriminator()
+    both = discriminator(torch.cat([case.latents, case.latents]), torch.cat([SIGMA, SIGMA]), prompt)
+    torch.testing.assert_close(both, discriminator(case.latents, SIGMA, prompt).repeat(2, 1))
+    assert not torch.allclose(both[:2], discriminator(case.latents, SIGMA, case.prompt))
 
 
 def test_compiled_blocks_are_seen_through(make_pipeline):

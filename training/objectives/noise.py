@@ -41,8 +41,9 @@ def noise_levels(scheduler: Any) -> Tensor:
         scheduler: a flow-match scheduler (its shifted sigmas), a DDPM one (s / (alpha + s) of its timesteps), or a
             `ResidualShift`, which has sigmas like the former.
     """
-    # As configured, whatever timesteps this one was set to.
-    fresh = type(scheduler).from_config(scheduler.config)
+    # As configured, whatever timesteps this one was set to. What diffusers notes of defaults would reset arguments that
+    # were given by position.
+    fresh = type(scheduler).from_config({k: v for k, v in scheduler.config.items() if not k.startswith("_")})
     if hasattr(fresh, "alphas_cumprod"):
         return _flow_levels(fresh.alphas_cumprod.float()).flip(0)
     return fresh.sigmas.float()[: fresh.config.num_train_timesteps]

@@ -1,0 +1,205 @@
+"""Runs of the trainer that differ in a few flags, measured alike: what `ablation` and `methods` share.
+
+Every run takes the same base, photographs and steps, and begins as the same student (a pipeline of an earlier run, or
+the base itself). Runs that are finished are not run again, and one that was stopped goes on.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START = "start"
+TITLES = {"held_aside": "Photographs held aside", "realsr": "RealSR"}
+# Name in the table, and which way is better.
+METRICS = {"psnr": ("PSNR-Y", 1), "ssim": ("SSIM-Y", 1), "haarpsi": ("HaarPSI", 1), "gmsd": ("GMSD", -1)}
+METRICS |= {"niqe": ("NIQE", -1), "edge_energy": ("edge energy", 0), "grid_score": ("grid score", -1)}
+
+Row = dict[str, Any]
+
+
+def slug(variant: str) -> str:
+    """A variant's name in that of a folder."""
+    return "_".join("".join(letter if letter.isalnum() else " " for letter in variant.lower()).split())
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Settings as the trainer's flags."""
+    found: list[str] = []
+    for name, value in flags.items():
+        found += [f"--{'' if value else 'no_'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return found
+
+
+def measuring(pipeline: Path, of: str, target: Path, options: argparse.Namespace) -> list[str]:
+    """The command that measures one pipeline on RealSR, or on the photographs that training held aside."""
+    command: list[Any] = ["--model", pipeline, "--json", target, "--overwrite", "--metrics", *METRICS]
+    if of == "realsr":
+        command += ["--set", "realsr", "--root", options.set_root]
+    else:
+        command += ["--hr", options.photographs, "--degrade", "realesrgan", "--held-aside", options.held_aside]
+    if options.limit:
+        command += ["--limit", options.limit]
+    return [sys.executable, "-m", "tsdsr", "evaluate", *map(str, command)]
+
+
+def means(file: Path) -> dict[str, float]:
+    """The means that `tsdsr evaluate --json` wrote."""
+    average = json.loads(file.read_text(encoding="utf-8"))["average"]
+    return {name: average[name] for name in METRICS if average.get(name) is not None}
+
+
+def losses(run: Path) -> list[Row]:
+    """The lines of a run's log that hold losses."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "phase" in line]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of more than one, standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison: its rows, and the command that runs them, prints tables and draws curves.
+
+    Attributes:
+        name: of the recipe, of the folder of runs and of the file of all figures.
+        description: of the command.
+        variants: flags of each row; the rest is the recipe's.
+        panels: losses that curves are drawn of.
+    """
+
+    name: str
+    description: str
+    variants: dict[str, dict[str, Any]]
+    panels: tuple[str, ...]
+
+    @property
+    def results(self) -> Path:
+        return Path(__file__).resolve().parent / "results" / f"{self.name}.json"
+
+    def training(self, variant: str, seed: int, options: argparse.Namespace) -> list[str]:
+        """The command of one run."""
+        flags: dict[str, Any] = {
+            "config": self.name,
+            "train_data_dir": options.photographs,
+            "pretrained_model_name_or_path": options.base,
+            **({"initial_student": options.student} if options.student else {}),
+            "output_dir": options.output_dir / f"{slug(variant)}-{seed}",
+            "seed": seed,
+            **self.variants[variant],
+            **({"max_train_steps": options.steps} if options.steps else {}),
+        }
+        if (Path(flags["output_dir"]) / "checkpoints").is_dir():
+            flags["resume_from_checkpoint"] = "latest"
+        return [sys.executable, "-m", "tsdsr.training.distill", *words(flags)]
+
+    def run(self, options: argparse.Namespace) -> None:
+        """All runs and their measures, one after another; what is there already is kept."""
+        rows: list[Row] = []
+        pairs = [(variant, seed) for seed in options.seeds for variant in options.only or self.variants]
+        if options.student:
+            pairs = [(START, 0), *pairs]
+        for variant, seed in pairs:
+            folder = options.output_dir / f"{slug(variant)}-{seed}"
+            pipeline = folder / "pipeline"
+            if variant == START:
+                folder.mkdir(parents=True, exist_ok=True)
+                pipeline = options.student
+            elif not pipeline.is_dir():
+                subprocess.run(self.training(variant, seed, options), check=True)
+            row: Row = {"variant": variant, "seed": seed}
+            for of in ("held_aside", *(["realsr"] if options.set_root else [])):
+                target = folder / f"{of}.json"
+                if not target.is_file():
+                    subprocess.run(measuring(pipeline, of, target, options), check=True)
+                row[of] = means(target)
+            if variant != START:
+                row["losses"] = losses(folder)
+            rows.append(row)
+            print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
+            options.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+    def table(self, rows: list[Row], of: str) -> str:
+        """Means over the seeds, a row a variant; the best of the variants in bold."""
+        names = [name for name in METRICS if all(name in row[of] for row in rows)]
+        by = {variant: [row for row in rows if row["variant"] == variant] for variant in [START, *self.variants]}
+        by = {variant: found for variant, found in by.items() if found}
+        averages = {
+            variant: {name: statistics.mean(row[of][name] for row in found) for name in names}
+            for variant, found in by.items()
+        }
+        lines = ["| | " + " | ".join(METRICS[name][0] for name in names) + " |", "| --- |" + " --- |" * len(names)]
+        for variant, found in by.items():
+            cells = []
+            for name in names:
+                text = spread([row[of][name] for row in found], 2 if name in ("psnr", "niqe") else 4)
+                sign = METRICS[name][1]
+                rivals = [sign * averages[other][name] for other in averages if other != START]
+                best = variant != START and sign and sign * averages[variant][name] == max(rivals)
+                cells.append(f"**{text}**" if best else text)
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def draw(self, rows: list[Row], target: Path) -> None:
+        """A panel for each loss, a line for each variant that has it: the mean over its seeds."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, len(self.panels), figsize=(4 * len(self.panels), 3.4), constrained_layout=True)
+        for name, panel in zip(self.panels, axes, strict=True):
+            for index, variant in enumerate(self.variants):
+                runs = [[line for line in row["losses"] if name in line] for row in rows if row["variant"] == variant]
+                if not runs or not runs[0]:
+                    continue
+                steps = [line["step"] for line in runs[0]]
+                averages = [statistics.mean(lines[place][name] for lines in runs) for place in range(len(steps))]
+                panel.plot(steps, averages, label=variant, color=f"C{index}", linewidth=1)
+            panel.set_title(name)
+            panel.set_xlabel("step")
+        axes[0].legend(fontsize=8)
+        figure.savefig(target, dpi=90)
+        plt.close(figure)
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """The command."""
+        parser = argparse.ArgumentParser(
+            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("photographs", type=Path, nargs="?", help="folder of sharp photographs")
+        parser.add_argument("--base", type=Path, help="folder of the teacher")
+        parser.add_argument("--student", type=Path, help="pipeline that every run begins as; by default the base")
+        parser.add_argument("--output_dir", type=Path, default=Path("runs") / self.name)
+        parser.add_argument("--results", type=Path, default=self.results, help="file of all figures")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument("--only", nargs="+", choices=list(self.variants), help="these rows alone")
+        parser.add_argument("--steps", type=int, default=0, help="of each run, instead of the recipe's")
+        parser.add_argument("--set_root", type=Path, help="where the benchmark sets lie; without it RealSR is left out")
+        parser.add_argument("--held_aside", type=int, default=50, help="photographs that training held aside")
+        parser.add_argument("--limit", type=int, default=0, help="only so many pictures of each set")
+        parser.add_argument("--tables", action="store_true", help="only print what was found")
+        parser.add_argument("--curves", type=Path, metavar="PNG", help="only draw the losses")
+        options = parser.parse_args(arguments)
+        if options.tables or options.curves:
+            rows = json.loads(options.results.read_text(encoding="utf-8"))
+            if options.tables:
+                for of in TITLES:
+                    if of in rows[0]:
+                        print(f"{TITLES[of]}\n\n{self.table(rows, of)}\n")
+            if options.curves:
+                self.draw(rows, options.curves)
+            return
+        if not (options.photographs and options.base):
+            parser.error("photographs and --base are needed")
+        self.run(options)
