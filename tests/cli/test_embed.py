@@ -139,7 +139,7 @@ def test_failures_are_one_sentence_and_leave_nothing(tsdsr, base, model, tmp_pat
     (broken / "text_encoder_3" / "model.safetensors").write_bytes(b"not weights")
     for named, *arguments in (
         ("no text_encoder", "--base", model),
-        ("neither an SD3 nor an SD2 model", "--base", "embedded"),
+        ("no text_encoder", "--base", "embedded"),
         ("does not exist", "--base", tmp_path / "nowhere"),
         ("not available", "--base", base, "--device", "abacus"),
     ):

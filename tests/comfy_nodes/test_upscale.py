@@ -372,7 +372,7 @@ def test_compile_is_asked_for_what_is_called(pictures, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     model = TSDSRLoader.execute("embedded", "auto", compile=True).result[0]
     upscale(model, pictures())
-    names = ["EncoderTiny", "OneStepSD3Transformer2DModel", "DecoderTiny"]
+    names = ["EncoderTiny", "SD3Transformer2DModel", "DecoderTiny"]
     assert asked == [(name, {"dynamic": True}) for name in names] and called == names
 
 
