@@ -1,6 +1,7 @@
 """Batches for a trainer, the same for the same seed whatever the number of workers, processes and interruptions."""
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -380,7 +381,13 @@ def _loader(dataset: Dataset, numbers: _Numbers | None, num_workers: int) -> Dat
         collate_fn=_as_it_is,
         # The loader seeds its workers with a number from this generator instead of the global one. They do not use it.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_sigterm,
     )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Who stops a job asks all of its processes to; the trainer goes on to the end of its step, for which it reads."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -1,6 +1,7 @@
 """Micro-batches: what they hold depends on seed and number alone, and nothing that is damaged stops them."""
 
 import itertools
+import multiprocessing
 import random
 from collections import Counter
 from dataclasses import replace
@@ -55,6 +56,17 @@ def test_crops_are_neither_flipped_nor_turned_where_not_asked(folder):
     (batch,) = batches(Folder(folder), BatchSettings(10, resolution=32, random_flip=False), stop=1)
     for name, crop in zip(batch["names"], batch["hq"], strict=True):
         assert is_crop_of(crop, load_uint8(folder / name), flips=False)
+
+
+def test_workers_read_on_when_all_processes_of_a_job_are_asked_to_stop(folder):
+    iterator = training_batches(Folder(folder), SETTINGS, stop=20, num_workers=2)
+    found = [next(iterator)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()
+    assert_same(found + list(iterator), batches(Folder(folder), stop=20))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
