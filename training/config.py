@@ -219,6 +219,9 @@ class DistillConfig:
     discriminator_learning_rate: float = setting(2e-4, "of the discriminators")
     discriminator_beta1: float = setting(0.5, "AdamW of the discriminators, in place of adam_beta1")
     adversarial_loss: str = setting("hinge", "of student and discriminators: hinge or relativistic")
+    adversarial_evidence: list[float] = setting(
+        [], "two PSNRs of LQ pictures, dB, between which the weight of adversarial grows from 0 to all", nargs="+"
+    )
     r1_weight: float = setting(0.0, "weight of the gradient penalty (R1) of the discriminator of pictures")
     lr_scheduler: str = setting("cosine_with_restarts", "one of diffusers' schedules")
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")
@@ -281,6 +284,9 @@ class DistillConfig:
             raise ConfigError(f"max_grad_norm must be above 0, not {self.max_grad_norm}.")
         if self.teacher_strength is not None and not 0 < self.teacher_strength <= 1:
             raise ConfigError(f"teacher_strength must be above 0 and at most 1, not {self.teacher_strength}.")
+        bounds = self.adversarial_evidence
+        if bounds and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+            raise ConfigError(f"adversarial_evidence must be two numbers, the lower first, not {bounds}.")
         if self.mild_degradation > 1:
             raise ConfigError(f"mild_degradation must be from 0 to 1, not {self.mild_degradation}.")
         if self.resolution % self.scale:

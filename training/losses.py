@@ -78,6 +78,7 @@ def adversarial_terms(
     judge: Callable[[Tensor], Sequence[Tensor]],
     output: Tensor | None,
     hq: Tensor,
+    counts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What a discriminator says of the student's pictures: the terms that `weights` names, unweighted.
 
@@ -87,6 +88,7 @@ def adversarial_terms(
         judge: from pictures to the discriminator's maps, logits last; no gradient reaches its weights.
         output: the student's pictures (B, 3, H, W), about -1..1; None if no term looks at pictures.
         hq: the photographs, -1..1.
+        counts: how much each counts in `adversarial`, (B,); all the same without it.
     """
     if output is None or not weights.keys() & set(Phase.ADVERSARIAL):
         return {}
@@ -98,7 +100,9 @@ def adversarial_terms(
     found = {}
     if "adversarial" in weights:
         fake = fake.float()
-        found["adversarial"] = relativistic_student_loss(real, fake) if relativistic else hinge_student_loss(fake)
+        found["adversarial"] = (
+            relativistic_student_loss(real, fake, counts) if relativistic else hinge_student_loss(fake, counts)
+        )
     if "feature_matching" in weights:
         found["feature_matching"] = feature_matching(maps, wanted)
     return found
@@ -110,6 +114,7 @@ def discriminator_terms(
     output: Tensor,
     hq: Tensor,
     r1: bool = True,
+    counts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What the discriminator is trained with: `discriminator`, and `r1` where it has a weight; unweighted.
 
@@ -119,12 +124,13 @@ def discriminator_terms(
         output: the student's pictures (B, 3, H, W), about -1..1; they get no gradient.
         hq: the photographs, -1..1.
         r1: whether the penalty is for this discriminator.
+        counts: how much each pair counts in `discriminator`, (B,); all the same without it.
     """
     r1 = r1 and config.r1_weight > 0
     hq = hq.detach().requires_grad_(r1)
     real, fake = judge(torch.cat([hq, output.detach()])).float().chunk(2)
     loss = relativistic_discriminator_loss if config.adversarial_loss == "relativistic" else hinge_discriminator_loss
-    found = {"discriminator": loss(real, fake)}
+    found = {"discriminator": loss(real, fake, counts)}
     if r1:
         found["r1"] = r1_penalty(real, hq)
     return found

@@ -25,7 +25,7 @@ from .losses import (
     noised,
 )
 from .networks import DISCRIMINATOR, FAKE_SCORE, LATENT_DISCRIMINATOR, TEACHER, Networks
-from .objectives import latent_mse
+from .objectives import evidence, latent_mse
 from .objectives.noise import Velocity
 from .sampling import restore_latents
 
@@ -107,7 +107,7 @@ class Terms:
         with self._accelerator.autocast():
             terms = self._reconstruction(weights, one.latents, one.hq_latents, one.output, one.hq)
             judge = partial(self._networks.judge, DISCRIMINATOR)
-            terms |= adversarial_terms(self._config, weights, judge, one.output, one.hq)
+            terms |= adversarial_terms(self._config, weights, judge, one.output, one.hq, self._counts(one))
         of_latents = {
             "teacher_mse": self._teacher_mse,
             "tsd": self._tsd,
@@ -167,7 +167,13 @@ class Terms:
     def _discriminator(self, one: MicroBatch, _: int) -> dict[str, Tensor]:
         """It learns to tell the student's pictures from the photographs."""
         assert one.output is not None
-        return discriminator_terms(self._config, partial(self._model, DISCRIMINATOR), one.output, one.hq)
+        judge = partial(self._model, DISCRIMINATOR)
+        return discriminator_terms(self._config, judge, one.output, one.hq, counts=self._counts(one))
+
+    def _counts(self, one: MicroBatch) -> Tensor | None:
+        """How much each picture counts between student and discriminator."""
+        bounds = self._config.adversarial_evidence
+        return evidence(one.pictures, one.hq, self._config.scale, *bounds) if bounds else None
 
     def _latent_discriminator(self, phase: Phase, one: MicroBatch, _: int) -> dict[str, Tensor]:
         """It learns to tell the student's latents from real ones, under the noise that it judged the student under."""

@@ -247,6 +247,11 @@ def test_a_pretrained_base_is_said_as_well(recipe):
         (["--discriminator_beta1", "1"], "discriminator_beta1 must be from 0 to below 1, not 1.0."),
         (["--max_grad_norm", "0"], "max_grad_norm must be above 0, not 0.0."),
         (["--mild_degradation", "1.5"], "mild_degradation must be from 0 to 1, not 1.5."),
+        (["--adversarial_evidence", "26"], "adversarial_evidence must be two numbers, the lower first, not [26.0]."),
+        (
+            ["--adversarial_evidence", "31", "26"],
+            "adversarial_evidence must be two numbers, the lower first, not [31.0, 26.0].",
+        ),
         (["--learning_rate", "nan"], "learning_rate cannot be nan; it is a number."),
         (["--resolution", "30"], "resolution (30) must be a multiple of scale (4)."),
         (["--train_type", "full", "--output", "lora"], "train_type full has no LoRA to write: use output merged."),

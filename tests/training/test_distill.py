@@ -462,14 +462,14 @@ def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
     real = {name: getattr(terms, name) for name in ("adversarial_terms", "discriminator_terms")}
     real_step = Optimisation.step
 
-    def adversarial_terms(settings, weights, judge, output, hq):
-        judged.append((output.detach(), hq, weights["adversarial"]))
-        return real["adversarial_terms"](settings, weights, judge, output, hq)
+    def adversarial_terms(settings, weights, judge, output, hq, counts):
+        judged.append((output.detach(), hq, counts, weights["adversarial"]))
+        return real["adversarial_terms"](settings, weights, judge, output, hq, counts)
 
-    def discriminator_terms(settings, judge, output, hq):
+    def discriminator_terms(settings, judge, output, hq, counts):
         assert not output.requires_grad
-        learned.append((output, hq))
-        return real["discriminator_terms"](settings, judge, output, hq)
+        learned.append((output, hq, counts))
+        return real["discriminator_terms"](settings, judge, output, hq, counts=counts)
 
     def step(self, role):
         weights = self._networks.parameters_of(DISCRIMINATOR)
@@ -480,12 +480,14 @@ def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
     monkeypatch.setattr(terms, "discriminator_terms", discriminator_terms)
     monkeypatch.setattr(Optimisation, "step", step)
     more = {"gradient_accumulation_steps": 2, "max_train_steps": 2, "validation_photographs": 0, "output": "merged"}
-    distill(config(tmp_path, **AGAINST, **more))
+    distill(config(tmp_path, adversarial_evidence=[5.0, 40.0], **AGAINST, **more))
     assert len(judged) == len(learned) == 4
-    for (output, hq, _), (again, photographs) in zip(judged, learned, strict=True):
+    for (output, hq, counts, _), (again, photographs, counts_again) in zip(judged, learned, strict=True):
         assert torch.equal(output, again) and torch.equal(hq, photographs) and output.shape == hq.shape
         assert hq.min() < -0.5 and hq.max() > 0.5
-    assert [weight for _, _, weight in judged] == pytest.approx([0, 0, 0.1, 0.1])
+        assert torch.equal(counts, counts_again) and counts.shape == (len(output),)
+    assert len({float(count) for one in learned for count in one[2]}) > 4, "each picture has its own"
+    assert [weight for *_, weight in judged] == pytest.approx([0, 0, 0.1, 0.1])
     roles = [STUDENT, FAKE_SCORE, DISCRIMINATOR]
     assert [(role, wanted) for role, wanted, _ in states] == [(role, role == DISCRIMINATOR) for role in roles] * 2
     weights = [weight for _, _, weight in states]

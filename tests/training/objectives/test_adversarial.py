@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tsdsr.training.objectives import (
+    evidence,
     feature_matching,
     hinge_discriminator_loss,
     hinge_student_loss,
@@ -28,6 +30,38 @@ def test_relativistic():
     assert relativistic_discriminator_loss(REAL, FAKE).item() == pytest.approx(expected)
     expected = sum(math.log1p(math.exp(real - fake)) for real, fake in pairs) / 3
     assert relativistic_student_loss(REAL, FAKE).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sides"),
+    [
+        (hinge_discriminator_loss, 2),
+        (hinge_student_loss, 1),
+        (relativistic_discriminator_loss, 2),
+        (relativistic_student_loss, 2),
+    ],
+)
+def test_how_much_pictures_count(loss, sides):
+    """Counts weigh pictures one by one; the sum is over as many pictures, so that ones change nothing."""
+    maps = torch.randn(sides, 3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([loss(*maps[:, i]) for i in range(3)])
+    counts = torch.tensor([0.0, 0.25, 1.0])
+    torch.testing.assert_close(loss(*maps, counts), (each * counts).sum() / 3)
+    torch.testing.assert_close(loss(*maps, torch.ones(3)), loss(*maps))
+
+
+def test_evidence_is_a_psnr_of_small_pictures():
+    """An offset of 2 * 10^(-dB / 20) has that PSNR at every size; detail that small ones lose has none."""
+    hq = torch.zeros(5, 3, 16, 24)
+    for i, psnr in enumerate((20.0, 26.0, 28.5, 31.0, 40.0)):
+        hq[i] += 2 * 10 ** (-psnr / 20)
+    found = evidence(torch.zeros_like(hq), hq, 4, 26.0, 31.0)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 3, 16, 32)
+    assert evidence(torch.zeros_like(stripes), stripes, 4, 26.0, 31.0) == 1
+    assert evidence(torch.zeros_like(stripes), stripes, 1, 26.0, 31.0) == 0
+    same = F.interpolate(torch.rand(1, 3, 4, 4), scale_factor=4)
+    assert evidence(same, same, 4, 26.0, 31.0) == 1
 
 
 def test_r1_of_a_quadratic():
