@@ -29,6 +29,7 @@ COUNTS = (
     "fake_score_updates",
     "discriminator_width",
     "discriminator_layers",
+    "discriminator_scales",
     "latent_discriminator_depths",
     "latent_discriminator_votes",
     "teacher_steps",
@@ -178,6 +179,13 @@ class DistillConfig:
     rank: int = setting(64, "LoRA rank of the student")
     fake_score_rank: int = setting(64, "LoRA rank of the fake-score model")
     vae_rank: int = setting(64, "LoRA rank of the VAE encoder")
+    discriminator_kind: str = setting(
+        "patch", "of pictures: patch, multiscale, or dino, which looks through a frozen vision transformer"
+    )
+    discriminator_scales: int = setting(3, "sizes of a picture that multiscale looks at, each half the one before")
+    discriminator_model: str = setting(
+        "facebook/dino-vits16", "the vision transformer of dino (ViT, DINOv2): a folder or Hub id"
+    )
     discriminator_width: int = setting(32, "channels of the discriminator's first layer")
     discriminator_layers: int = setting(3, "its strided layers: each halves the picture and doubles the channels")
     latent_discriminator_depths: int = setting(4, "depths of the teacher that the discriminator of latents looks at")
@@ -265,6 +273,7 @@ class DistillConfig:
             ("vae_encoder", ("lora", "full", "frozen")),
             ("vae_decoder", ("full", "frozen")),
             ("adversarial_loss", ("hinge", "relativistic")),
+            ("discriminator_kind", ("patch", "multiscale", "dino")),
             ("degrade_on", ("worker", "device")),
             ("teacher_sampler", ("euler", "heun")),
             ("output", ("lora", "merged", "both")),
@@ -383,11 +392,15 @@ class DistillConfig:
 
     def check_judged(self, resolution: int) -> None:
         """Raises a `ConfigError` for crops that are too small for the discriminator."""
-        least = 2**self.discriminator_layers
+        if self.discriminator_kind == "dino":  # its transformer knows how large a patch is
+            return
+        sizes = self.discriminator_scales if self.discriminator_kind == "multiscale" else 1
+        least = 2 ** (self.discriminator_layers + sizes - 1)
         if resolution < least:
             raise ConfigError(
-                f"A discriminator with {self.discriminator_layers} strided layers (discriminator_layers) needs crops "
-                f"of at least {least} pixels, not {resolution}."
+                f"A discriminator with {self.discriminator_layers} strided layers (discriminator_layers)"
+                + (f" at {sizes} sizes (discriminator_scales)" if sizes > 1 else "")
+                + f" needs crops of at least {least} pixels, not {resolution}."
             )
 
     def guided(self) -> bool:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from .config import DistillConfig
-from .discriminators import Discriminator
+from .discriminators import FEWEST_POSITIONS, Discriminator, Votes
 from .families import Family, Known
 from .networks import TEACHER, SharedBase
 
@@ -131,8 +130,7 @@ class Head(nn.Module):
         # At first it votes alike on everything, so that the student is not pushed about by chance.
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
-        self.point, self.line = _layer(width, 1), _layer(width, 9)
-        self.vote = spectral_norm(nn.Conv1d(width, votes, 1))
+        self.votes = Votes(width, votes)
 
     def forward(self, maps: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """From (B, C, h, w) and the time's embedding (B, time_width): what it votes on, (B, width, h * w), and logits
@@ -142,16 +140,8 @@ class Head(nn.Module):
         if self.modulation is not None:
             scale, shift = self.modulation(time)[..., None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
-        hidden = self.conv(nn.functional.silu(hidden)).flatten(2)
-        hidden = self.point(hidden)
-        hidden = (hidden + self.line(hidden)) / math.sqrt(2)
-        return hidden, self.vote(hidden).flatten(1)
-
-
-def _layer(width: int, kernel: int) -> nn.Sequential:
-    """Over positions row by row, as the published heads have it."""
-    conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, padding_mode="circular")
-    return nn.Sequential(spectral_norm(conv), nn.GroupNorm(math.gcd(4, width), width), nn.LeakyReLU(0.2))
+        hidden, votes = self.votes(self.conv(nn.functional.silu(hidden)).flatten(2))
+        return hidden, votes.flatten(1)
 
 
 class TimeAwareDiscriminator(Discriminator):
@@ -202,7 +192,7 @@ class TimeAwareDiscriminator(Discriminator):
             time = get_timestep_embedding(1000 * sigma.float(), self._time_width, flip_sin_to_cos=True)
             found = []
             for head, one in zip(self.heads, maps, strict=True):
-                if one[0, 0].numel() < 4:
+                if one[0, 0].numel() < FEWEST_POSITIONS:
                     raise ValueError(f"Latents of {tuple(latents.shape[-2:])} are too small for the discriminator.")
                 # Tokens lie channels last, for which group norms on a CPU have no sound backward pass (torch 2.13).
                 found.append(head(one.float().contiguous(), time))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
 
 from tsdsr import TSDSRPipeline
 from tsdsr.imaging import read
@@ -384,9 +385,16 @@ def test_the_discriminator_and_the_decoder_are_trained(whole, config, tmp_path):
     assert steps[-1]["lr_discriminator"] == 1e-3
 
 
-def test_discriminator_and_decoder_are_resumed(config, tmp_path, read_losses):
+@pytest.mark.parametrize("kind", ["patch", "multiscale", "dino"])
+def test_discriminator_and_decoder_are_resumed(config, tmp_path, read_losses, kind):
     """Its weights, what its norms remember, its optimiser and schedule; accumulation; an average over the decoder."""
-    more = {**AGAINST, "ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1, "checkpointing_steps": 1}
+    if kind == "dino":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+        ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path / "vit")
+    of_kind = {"discriminator_kind": kind, "discriminator_model": str(tmp_path / "vit"), "discriminator_scales": 2}
+    more = {**AGAINST, **of_kind, "ema_decay": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 1}
+    more |= {"checkpointing_steps": 1}
     more |= {"gradient_accumulation_steps": 2, "logging_steps": 3, "adversarial_loss": "relativistic"}
     distill(config(tmp_path / "whole", **more))
     shutil.copytree(tmp_path / "whole", tmp_path / "again")

@@ -196,7 +196,7 @@ def test_what_it_is_made_of(case):
     narrow = case.discriminator(width=4)
     assert [one.shape[1] for one in narrow.features(case.latents, SIGMA, case.prompt)[:-1]] == [4, 4]
     for head in discriminator.heads:
-        for layer in (head.point[0], head.line[0], head.vote):
+        for layer in (head.votes.point[0], head.votes.line[0], head.votes.vote):
             largest = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
             assert largest == pytest.approx(1, abs=0.05)
 
@@ -322,9 +322,9 @@ def test_the_heads_are_the_published_ones():
         hidden = F.conv1d(around, conv.weight, conv.bias)
         return F.leaky_relu(F.group_norm(hidden, 4, norm.weight, norm.bias), 0.2)
 
-    hidden = layer(head.point, hidden, 1)
-    hidden = (hidden + layer(head.line, hidden, 9)) / 2**0.5
-    votes = F.conv1d(hidden, head.vote.weight, head.vote.bias).flatten(1)
+    hidden = layer(head.votes.point, hidden, 1)
+    hidden = (hidden + layer(head.votes.line, hidden, 9)) / 2**0.5
+    votes = F.conv1d(hidden, head.votes.vote.weight, head.votes.vote.bias).flatten(1)
     torch.testing.assert_close(head(maps, time), (hidden, votes))
 
 

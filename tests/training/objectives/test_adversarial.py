@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tsdsr.training.objectives import (
     evidence,
@@ -15,6 +14,7 @@ from tsdsr.training.objectives import (
     relativistic_discriminator_loss,
     relativistic_student_loss,
 )
+from tsdsr.training.objectives.adversarial import gaussian_blur
 
 REAL, FAKE = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.5])
 
@@ -51,7 +51,7 @@ def test_how_much_pictures_count(loss, sides):
 
 
 def test_evidence_is_a_psnr_of_small_pictures():
-    """An offset of 2 * 10^(-dB / 20) has that PSNR at every size; detail that small ones lose has none."""
+    """An offset of 2 * 10^(-dB / 20) has that PSNR at every size; detail that small pictures lose has none."""
     hq = torch.zeros(5, 3, 16, 24)
     for i, psnr in enumerate((20.0, 26.0, 28.5, 31.0, 40.0)):
         hq[i] += 2 * 10 ** (-psnr / 20)
@@ -59,9 +59,32 @@ def test_evidence_is_a_psnr_of_small_pictures():
     torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
     stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 3, 16, 32)
     assert evidence(torch.zeros_like(stripes), stripes, 4, 26.0, 31.0) == 1
-    assert evidence(torch.zeros_like(stripes), stripes, 1, 26.0, 31.0) == 0
-    same = F.interpolate(torch.rand(1, 3, 4, 4), scale_factor=4)
-    assert evidence(same, same, 4, 26.0, 31.0) == 1
+    assert evidence(stripes, torch.zeros_like(stripes), 1, 26.0, 31.0) == 0
+
+
+def test_blur_is_no_want_of_evidence_and_noise_is():
+    generator = torch.Generator().manual_seed(0)
+    hq = gaussian_blur(torch.randn(1, 3, 32, 32, generator=generator), 1.0)
+    noise = 2 * 10 ** (-28.5 / 20) * torch.randn(hq.shape, generator=generator)
+    assert evidence(gaussian_blur(hq, 0.4), hq, 1, 50.0, 60.0) == 0, "between two of the blurs that it tries"
+    for sigma in (0.0, 0.45, 0.9):
+        blurred = gaussian_blur(hq, sigma)
+        assert evidence(blurred, hq, 1, 50.0, 60.0) == 1
+        assert evidence(blurred + noise, hq, 1, 26.0, 31.0).item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_gaussian_blur():
+    """An impulse spreads as far as sigma says and keeps its sum; flat pictures stay, up to their edges."""
+    impulse = torch.zeros(1, 2, 21, 21, dtype=torch.float64)
+    impulse[0, 0, 10, 10] = 1
+    spread = gaussian_blur(impulse, 1.5)
+    places = torch.arange(21.0) - 10
+    assert spread.sum().item() == pytest.approx(1) and spread[0, 1].abs().max() == 0
+    for rows in (spread[0, 0].sum(0), spread[0, 0].sum(1)):
+        assert (rows * places**2).sum().item() == pytest.approx(1.5**2, rel=0.03)
+    flat = torch.full((1, 3, 5, 7), 0.25)
+    torch.testing.assert_close(gaussian_blur(flat, 0.9), flat)
+    assert gaussian_blur(flat, 0) is flat
 
 
 def test_r1_of_a_quadratic():
