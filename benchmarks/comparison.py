@@ -1,4 +1,4 @@
-"""Runs of the trainer that differ in a few flags, measured alike: what `ablation` and `methods` share.
+"""Runs of the trainer that differ in a few flags, measured alike: what `ablation`, `methods` and `compression` share.
 
 Every run takes the same base, photographs and steps, and begins as the same student (a pipeline of an earlier run, or
 the base itself). Runs that are finished are not run again, and one that was stopped goes on.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 START = "start"
 TITLES = {"held_aside": "Photographs held aside", "realsr": "RealSR"}
@@ -83,9 +83,15 @@ class Comparison:
     variants: dict[str, dict[str, Any]]
     panels: tuple[str, ...]
 
+    PIPELINE: ClassVar[str] = "pipeline"  # what a run writes, in its folder
+
     @property
     def results(self) -> Path:
         return Path(__file__).resolve().parent / "results" / f"{self.name}.json"
+
+    def folder(self, variant: str, seed: int, options: argparse.Namespace) -> Path:
+        """Of one run."""
+        return options.output_dir / f"{slug(variant)}-{seed}"
 
     def training(self, variant: str, seed: int, options: argparse.Namespace) -> list[str]:
         """The command of one run."""
@@ -94,7 +100,7 @@ class Comparison:
             "train_data_dir": options.photographs,
             "pretrained_model_name_or_path": options.base,
             **({"initial_student": options.student} if options.student else {}),
-            "output_dir": options.output_dir / f"{slug(variant)}-{seed}",
+            "output_dir": self.folder(variant, seed, options),
             "seed": seed,
             **self.variants[variant],
             **({"max_train_steps": options.steps} if options.steps else {}),
@@ -107,14 +113,15 @@ class Comparison:
         """All runs and their measures, one after another; what is there already is kept."""
         rows: list[Row] = []
         pairs = [(variant, seed) for seed in options.seeds for variant in options.only or self.variants]
-        if options.student:
+        start = self.start(options)
+        if start:
             pairs = [(START, 0), *pairs]
         for variant, seed in pairs:
-            folder = options.output_dir / f"{slug(variant)}-{seed}"
-            pipeline = folder / "pipeline"
+            folder = self.folder(variant, seed, options)
+            pipeline = folder / self.PIPELINE
             if variant == START:
                 folder.mkdir(parents=True, exist_ok=True)
-                pipeline = options.student
+                pipeline = start
             elif not pipeline.is_dir():
                 subprocess.run(self.training(variant, seed, options), check=True)
             row: Row = {"variant": variant, "seed": seed}
@@ -123,17 +130,27 @@ class Comparison:
                 if not target.is_file():
                     subprocess.run(measuring(pipeline, of, target, options), check=True)
                 row[of] = means(target)
-            if variant != START:
-                row["losses"] = losses(folder)
+            row |= self.facts(variant, folder, pipeline, options)
             rows.append(row)
             print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
             options.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
+    def start(self, options: argparse.Namespace) -> Path | None:
+        """The pipeline that every run begins as, where there is one."""
+        return options.student
+
+    def facts(self, variant: str, folder: Path, pipeline: Path, options: argparse.Namespace) -> Row:
+        """What a row says beside the measures of its pictures."""
+        return {} if variant == START else {"losses": losses(folder)}
+
+    def tables(self, rows: list[Row]) -> list[str]:
+        """All that is said in tables, each with its title."""
+        return [f"{TITLES[of]}\n\n{self.table(rows, of)}\n" for of in TITLES if of in rows[0]]
+
     def table(self, rows: list[Row], of: str) -> str:
         """Means over the seeds, a row a variant; the best of the variants in bold."""
         names = [name for name in METRICS if all(name in row[of] for row in rows)]
-        by = {variant: [row for row in rows if row["variant"] == variant] for variant in [START, *self.variants]}
-        by = {variant: found for variant, found in by.items() if found}
+        by = self.by_variant(rows)
         averages = {
             variant: {name: statistics.mean(row[of][name] for row in found) for name in names}
             for variant, found in by.items()
@@ -149,6 +166,11 @@ class Comparison:
                 cells.append(f"**{text}**" if best else text)
             lines.append(f"| {variant} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+    def by_variant(self, rows: list[Row]) -> dict[str, list[Row]]:
+        """The rows of each variant that has any, the start first."""
+        found = {variant: [row for row in rows if row["variant"] == variant] for variant in [START, *self.variants]}
+        return {variant: of for variant, of in found.items() if of}
 
     def draw(self, rows: list[Row], target: Path) -> None:
         """A panel for each loss, a line for each variant that has it: the mean over its seeds."""
@@ -178,8 +200,7 @@ class Comparison:
             description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         parser.add_argument("photographs", type=Path, nargs="?", help="folder of sharp photographs")
-        parser.add_argument("--base", type=Path, help="folder of the teacher")
-        parser.add_argument("--student", type=Path, help="pipeline that every run begins as; by default the base")
+        self.add_start(parser)
         parser.add_argument("--output_dir", type=Path, default=Path("runs") / self.name)
         parser.add_argument("--results", type=Path, default=self.results, help="file of all figures")
         parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -189,17 +210,20 @@ class Comparison:
         parser.add_argument("--held_aside", type=int, default=50, help="photographs that training held aside")
         parser.add_argument("--limit", type=int, default=0, help="only so many pictures of each set")
         parser.add_argument("--tables", action="store_true", help="only print what was found")
-        parser.add_argument("--curves", type=Path, metavar="PNG", help="only draw the losses")
+        parser.add_argument("--curves", type=Path, metavar="PNG", help="only draw what was found")
         options = parser.parse_args(arguments)
         if options.tables or options.curves:
             rows = json.loads(options.results.read_text(encoding="utf-8"))
             if options.tables:
-                for of in TITLES:
-                    if of in rows[0]:
-                        print(f"{TITLES[of]}\n\n{self.table(rows, of)}\n")
+                print(*self.tables(rows), sep="\n")
             if options.curves:
                 self.draw(rows, options.curves)
             return
         if not (options.photographs and options.base):
             parser.error("photographs and --base are needed")
         self.run(options)
+
+    def add_start(self, parser: argparse.ArgumentParser) -> None:
+        """The flags of what runs begin with."""
+        parser.add_argument("--base", type=Path, help="folder of the teacher")
+        parser.add_argument("--student", type=Path, help="pipeline that every run begins as; by default the base")

@@ -24,6 +24,7 @@ COUNTS = (
     "vae_rank",
     "resolution",
     "scale",
+    "grid_period",
     "train_batch_size",
     "gradient_accumulation_steps",
     "fake_score_updates",
@@ -91,6 +92,7 @@ class Phase:
     pixel_l1: list[float] = setting([0.0], "weight of the absolute error of pixels")
     gradient_l1: list[float] = setting([0.0], "weight of the absolute error of finite differences")
     frequency_l1: list[float] = setting([0.0], "weight of the absolute error of Fourier transforms")
+    grid_l1: list[float] = setting([0.0], "weight of what all patches of the network have in common, beside colour")
     encoder_features: list[float] = setting([0.0], "weight of the distance in a frozen VAE encoder's features")
     lpips: list[float] = setting([0.0], "weight of LPIPS (equation 7); needs pyiqa and its weights")
     adversarial: list[float] = setting([0.0], "weight of what a discriminator says of the student's pictures")
@@ -112,7 +114,7 @@ class Phase:
     judged_noise: str = setting("gaussian", "gaussian, or uniform as the released code draws it")
 
     ADVERSARIAL = ("adversarial", "feature_matching")  # terms of a discriminator of pictures
-    PICTURES = ("pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips", *ADVERSARIAL)
+    PICTURES = ("pixel_l1", "gradient_l1", "frequency_l1", "grid_l1", "encoder_features", "lpips", *ADVERSARIAL)
     WEIGHTS = ("latent_mse", "teacher_mse", *PICTURES, "tsd", "hsd", "latent_adversarial")
     # Who learns beside the student, and from which terms on: without them there is no such network.
     FOLLOWERS = {
@@ -227,8 +229,9 @@ class DistillConfig:
     discriminator_learning_rate: float = setting(2e-4, "of the discriminators")
     discriminator_beta1: float = setting(0.5, "AdamW of the discriminators, in place of adam_beta1")
     adversarial_loss: str = setting("hinge", "of student and discriminators: hinge or relativistic")
+    grid_period: int = setting(16, "pixels of a patch for grid_l1: the VAE's factor times the transformer's patch")
     adversarial_evidence: list[float] = setting(
-        [], "two PSNRs of LQ pictures, dB, between which the weight of adversarial grows from 0 to all", nargs="+"
+        [], "two PSNRs of LQ pictures, dB, between which the weight of adversarial terms grows from 0", nargs="+"
     )
     r1_weight: float = setting(0.0, "weight of the gradient penalty (R1) of the discriminator of pictures")
     lr_scheduler: str = setting("cosine_with_restarts", "one of diffusers' schedules")
@@ -370,6 +373,8 @@ class DistillConfig:
             raise ConfigError(f"vae_decoder full needs a term that looks at pictures: give one of {names} a weight.")
         if self.uses(*Phase.ADVERSARIAL):
             self.check_judged(self.resolution)
+        if self.uses("grid_l1") and self.resolution < self.grid_period:
+            raise ConfigError(f"grid_l1 needs crops of at least {self.grid_period} pixels (grid_period).")
 
     def phase_at(self, step: int) -> tuple[Phase, float]:
         """The phase of step `step` (from 0) and how far through it that is, 0..1; the last phase never ends."""

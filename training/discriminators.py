@@ -100,7 +100,8 @@ class MultiScaleDiscriminator(Discriminator):
 
     def features(self, pictures: Tensor, *known: Any) -> list[Tensor]:
         """The maps of each size, largest first, then the logits."""
-        maps, logits = [], []
+        maps: list[Tensor] = []
+        logits: list[Tensor] = []
         for discriminator in self.scales:
             if logits:
                 pictures = F.avg_pool2d(pictures, 3, stride=2, padding=1, count_include_pad=False)

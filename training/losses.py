@@ -1,6 +1,7 @@
 """Losses by name: which of them count, and how much, is a phase's business."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .objectives import (
     feature_matching,
     frequency_l1,
     gradient_l1,
+    grid_l1,
     hinge_discriminator_loss,
     hinge_student_loss,
     hsd_gradient,
@@ -30,11 +32,12 @@ from .objectives import (
     tsd_gradient,
     tsd_loss,
 )
+from .objectives.adversarial import that_count
 from .objectives.noise import Velocity
 from .objectives.tad import JUDGED_SHARE, LOWEST_SHARE
 
 # Terms of pictures (B, 3, H, W) in -1..1, output first.
-PIXEL_TERMS = ("pixel_l1", "gradient_l1", "frequency_l1", "encoder_features", "lpips")
+PIXEL_TERMS = ("pixel_l1", "gradient_l1", "frequency_l1", "grid_l1", "encoder_features", "lpips")
 
 
 class Reconstruction:
@@ -54,6 +57,7 @@ class Reconstruction:
             "pixel_l1": pixel_l1,
             "gradient_l1": gradient_l1,
             "frequency_l1": frequency_l1,
+            "grid_l1": partial(grid_l1, period=config.grid_period),
         }
         if config.uses("encoder_features"):
             self.terms["encoder_features"] = EncoderFeatureDistance(vae).to(device)
@@ -88,10 +92,11 @@ def adversarial_terms(
         judge: from pictures to the discriminator's maps, logits last; no gradient reaches its weights.
         output: the student's pictures (B, 3, H, W), about -1..1; None if no term looks at pictures.
         hq: the photographs, -1..1.
-        counts: how much each counts in `adversarial`, (B,); all the same without it.
+        counts: how much each counts, (B,); all the same without it.
     """
     if output is None or not weights.keys() & set(Phase.ADVERSARIAL):
         return {}
+    counts, output, hq = that_count(counts, output, hq)
     relativistic = config.adversarial_loss == "relativistic"
     *maps, fake = judge(output)
     if relativistic or "feature_matching" in weights:
@@ -104,7 +109,7 @@ def adversarial_terms(
             relativistic_student_loss(real, fake, counts) if relativistic else hinge_student_loss(fake, counts)
         )
     if "feature_matching" in weights:
-        found["feature_matching"] = feature_matching(maps, wanted)
+        found["feature_matching"] = feature_matching(maps, wanted, counts)
     return found
 
 
@@ -124,9 +129,10 @@ def discriminator_terms(
         output: the student's pictures (B, 3, H, W), about -1..1; they get no gradient.
         hq: the photographs, -1..1.
         r1: whether the penalty is for this discriminator.
-        counts: how much each pair counts in `discriminator`, (B,); all the same without it.
+        counts: how much each pair counts, (B,); all the same without it. What counts nothing is not judged.
     """
     r1 = r1 and config.r1_weight > 0
+    counts, output, hq = that_count(counts, output, hq)
     hq = hq.detach().requires_grad_(r1)
     real, fake = judge(torch.cat([hq, output.detach()])).float().chunk(2)
     loss = relativistic_discriminator_loss if config.adversarial_loss == "relativistic" else hinge_discriminator_loss

@@ -228,7 +228,13 @@ def test_a_pretrained_base_is_said_as_well(recipe):
                 *("rank", "fake_score_rank", "vae_rank", "resolution", "scale", "train_batch_size", "lr_num_cycles"),
                 *("gradient_accumulation_steps", "fake_score_updates", "checkpointing_steps", "logging_steps"),
                 *("checkpoints_total_limit", "dasm_steps", "dasm_spacing"),
-                *("discriminator_width", "discriminator_layers", "discriminator_scales", "teacher_steps"),
+                *(
+                    "discriminator_width",
+                    "discriminator_layers",
+                    "discriminator_scales",
+                    "grid_period",
+                    "teacher_steps",
+                ),
                 *("latent_discriminator_depths", "latent_discriminator_votes"),
             )
         ),
@@ -269,6 +275,7 @@ def test_a_pretrained_base_is_said_as_well(recipe):
             "A discriminator with 3 strided layers (discriminator_layers) at 3 sizes (discriminator_scales) needs "
             "crops of at least 32 pixels, not 28.",
         ),
+        (["--grid_l1", "1", "--resolution", "12"], "grid_l1 needs crops of at least 16 pixels (grid_period)."),
         (["--discriminator_kind", "vit"], "discriminator_kind must be one of patch, multiscale, dino, not 'vit'."),
         (["--dataset_name", "x"], "exactly one of train_data_dir, dataset_name and data_files, not by train_data_dir"),
         (["--validation_lq_dir", "x"], "validation_lq_dir holds partners of those in validation_dir"),

@@ -542,9 +542,16 @@ def test_switches_change_what_they_say(config, tmp_path):
     assert "tsd" not in without and "fake_score" not in without
     assert without["latent_mse"] == plain["latent_mse"]
     pixels = first_losses(
-        config, tmp_path / "pixels", latent_mse=0, pixel_l1=1, gradient_l1=1, frequency_l1=1, encoder_features=1
+        config,
+        tmp_path / "pixels",
+        latent_mse=0,
+        pixel_l1=1,
+        gradient_l1=1,
+        frequency_l1=1,
+        grid_l1=1,
+        encoder_features=1,
     )
-    assert {"pixel_l1", "gradient_l1", "frequency_l1", "encoder_features"} <= pixels.keys()
+    assert {"pixel_l1", "gradient_l1", "frequency_l1", "grid_l1", "encoder_features"} <= pixels.keys()
     assert "latent_mse" not in pixels
 
 

@@ -28,6 +28,7 @@ from tsdsr.training.objectives import (
     draw_noise,
     frequency_l1,
     gradient_l1,
+    grid_l1,
     hsd_gradient,
     latent_mse,
     noise_levels,
@@ -70,7 +71,8 @@ def double(latents):
 
 def test_terms_are_those_that_are_asked_for(vae, inputs):
     latents, hq_latents, hq = inputs
-    config, phase = settings(latent_mse=1, pixel_l1=1, gradient_l1=1, frequency_l1=1, encoder_features=1)
+    config, phase = settings(latent_mse=1, pixel_l1=1, gradient_l1=1, frequency_l1=1, grid_l1=1, encoder_features=1)
+    config = dataclasses.replace(config, grid_period=4)
     output = double(latents)
     terms = Reconstruction(config, vae, CPU)(phase.weights(0), latents, hq_latents, output, hq)
     expected = {
@@ -78,12 +80,13 @@ def test_terms_are_those_that_are_asked_for(vae, inputs):
         "pixel_l1": pixel_l1(output, hq),
         "gradient_l1": gradient_l1(output, hq),
         "frequency_l1": frequency_l1(output, hq),
+        "grid_l1": grid_l1(output, hq, 4),
         "encoder_features": EncoderFeatureDistance(vae)(output, hq),
     }
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
-    assert len({float(value.detach()) for value in terms.values()}) == 5
+    assert len({float(value.detach()) for value in terms.values()}) == 6
 
 
 def test_networks_of_terms_are_made_only_where_they_count(vae, monkeypatch):
@@ -221,6 +224,39 @@ def test_the_discriminator_learns_to_tell_them_apart(judged, loss):
         for weight in discriminator.parameters():
             weight -= 1e-2 * weight.grad
         assert (discriminator(hq) - discriminator(output)).mean() > (real - fake).mean()
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_pictures_that_count_nothing_are_not_judged(judged, loss):
+    """The terms are those of all pictures weighed; where none counts, all is 0, without a gradient."""
+    discriminator, output, hq = judged
+    output, hq = (torch.cat([one, one.flip(3), -one]) for one in (output.detach(), hq))
+    output.requires_grad_(True)
+    config, weights = judging(adversarial_loss=loss)
+    one_by_one = [
+        adversarial_terms(config, weights, discriminator.judge, *pair)
+        | discriminator_terms(config, discriminator, *pair)
+        for pair in zip(output.split(1), hq.split(1), strict=True)
+    ]
+    counts = torch.linspace(0, 1, len(hq)).roll(1)
+    counts[-1] = 0
+    seen = []
+
+    def judge(pictures):
+        seen.append(len(pictures))
+        return discriminator.judge(pictures)
+
+    found = adversarial_terms(config, weights, judge, output, hq, counts)
+    found |= discriminator_terms(config, discriminator, output, hq, counts=counts)
+    assert set(seen) == {int((counts > 0).sum())}
+    for name, value in found.items():
+        expected = sum(float(count) * terms[name] for count, terms in zip(counts, one_by_one, strict=True)) / len(hq)
+        torch.testing.assert_close(value, expected)
+    nothing = adversarial_terms(config, weights, judge, output, hq, torch.zeros(len(hq)))
+    nothing |= discriminator_terms(config, discriminator, output, hq, counts=torch.zeros(len(hq)))
+    assert seen[-1] == 1 and all(value == 0 for value in nothing.values())
+    sum(nothing.values()).backward()
+    assert output.grad.abs().max() == 0 and all(weight.grad.abs().max() == 0 for weight in discriminator.parameters())
 
 
 def test_r1_is_the_gradient_at_photographs(judged):

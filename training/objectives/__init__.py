@@ -14,7 +14,7 @@ from .adversarial import (
     relativistic_student_loss,
 )
 from .noise import add_noise, clean_from_velocity, ddpm_velocity, noise_levels
-from .reconstruction import EncoderFeatureDistance, frequency_l1, gradient_l1, latent_mse, pixel_l1
+from .reconstruction import EncoderFeatureDistance, frequency_l1, gradient_l1, grid_l1, latent_mse, pixel_l1
 from .residual_shift import ResidualShift, residual_velocity
 from .tad import draw_levels, draw_noise, hsd_gradient, sds_gradient
 from .tsd import (
@@ -42,6 +42,7 @@ __all__ = [
     "feature_matching",
     "frequency_l1",
     "gradient_l1",
+    "grid_l1",
     "hinge_discriminator_loss",
     "hinge_student_loss",
     "hsd_gradient",

@@ -62,6 +62,18 @@ def evidence(pictures: Tensor, hq: Tensor, scale: int, lowest: float, full: floa
         return ((psnr - lowest) / (full - lowest)).clamp(0, 1)
 
 
+def that_count(counts: Tensor | None, output: Tensor, hq: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """All three without the pictures that count nothing, which need not be judged; one stays at least.
+
+    Counts are scaled so that a mean over the pictures that stay, times their counts, is the one over all.
+    """
+    if counts is None:
+        return counts, output, hq
+    stay = counts > 0
+    stay[0] |= ~stay.any()
+    return counts[stay] * stay.float().mean(), output[stay], hq[stay]
+
+
 def gaussian_blur(pictures: Tensor, sigma: float) -> Tensor:
     """Pictures (B, C, H, W) under a Gaussian of `sigma` pixels, edges repeated; 0 leaves them as they are."""
     if not sigma:
@@ -89,9 +101,9 @@ def r1_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
     return gradient.float().square().sum() / (2 * logits.numel())
 
 
-def feature_matching(maps: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def feature_matching(maps: Sequence[Tensor], wanted: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
     """Mean over maps of mean |map - wanted|, in a discriminator's features (pix2pixHD, arXiv 1711.11585)."""
-    each = [(ours.float() - theirs.float()).abs().mean() for ours, theirs in zip(maps, wanted, strict=True)]
+    each = [_mean((ours.float() - theirs.float()).abs(), counts) for ours, theirs in zip(maps, wanted, strict=True)]
     return torch.stack(each).mean()
 
 

@@ -30,6 +30,24 @@ def frequency_l1(output: Tensor, target: Tensor) -> Tensor:
     return (torch.fft.rfft2(output, norm="ortho") - torch.fft.rfft2(target, norm="ortho")).abs().mean()
 
 
+def grid_l1(output: Tensor, target: Tensor, period: int) -> Tensor:
+    """Mean absolute value of what windows of `period` x `period` pixels of output - target share, beside colour.
+
+    A network that works in patches of that many pixels can draw the same pattern into each of them; adversarial terms
+    ask for texture, and that is the cheapest there is. The mean over a picture's windows shows such a pattern, and
+    next to nothing of its content. Not published.
+
+    Args:
+        output, target: (B, C, H, W).
+        period: pixels, at most H and W; sides are cut to multiples of it.
+    """
+    difference = output.float() - target.float()
+    rows, columns = (side // period for side in difference.shape[-2:])
+    whole = difference[..., : rows * period, : columns * period]
+    pattern = whole.unflatten(-1, (columns, period)).unflatten(-3, (rows, period)).mean(dim=(-4, -2))
+    return (pattern - pattern.mean(dim=(-2, -1), keepdim=True)).abs().mean()
+
+
 class EncoderFeatureDistance(torch.nn.Module):
     """A perceptual distance that needs no download: LPIPS's formula (arXiv 1801.03924, equation 1, with all channels
     weighted alike) in the feature maps of a frozen VAE encoder, one map for each resolution.

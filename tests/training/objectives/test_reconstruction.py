@@ -1,9 +1,18 @@
 """Terms that pull a picture, or its latents, towards the HQ one."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from tsdsr.training.objectives import EncoderFeatureDistance, frequency_l1, gradient_l1, latent_mse, pixel_l1
+from tsdsr.training.objectives import (
+    EncoderFeatureDistance,
+    frequency_l1,
+    gradient_l1,
+    grid_l1,
+    latent_mse,
+    pixel_l1,
+)
 
 
 @pytest.fixture
@@ -12,7 +21,7 @@ def pair():
     return [torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(2)]
 
 
-@pytest.mark.parametrize("term", [latent_mse, pixel_l1, gradient_l1, frequency_l1])
+@pytest.mark.parametrize("term", [latent_mse, pixel_l1, gradient_l1, frequency_l1, partial(grid_l1, period=8)])
 def test_terms(pair, term):
     output, target = pair
     assert term(target, target) == 0 < term(output, target)
@@ -24,6 +33,22 @@ def test_terms(pair, term):
 def test_means_are_over_all_elements():
     a, b = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 3.0)
     assert (latent_mse(a, b), pixel_l1(a, b), gradient_l1(a, b)) == (9.0, 3.0, 0.0)
+
+
+def test_a_grid_is_what_all_patches_share(pair):
+    """A pattern of the period counts as it is, whatever is under it; colours, other periods and detail count little."""
+    _, target = pair
+    pattern = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    pattern -= pattern.mean((2, 3), keepdim=True)
+    grid = pattern.repeat(1, 1, 4, 4)
+    assert grid_l1(target + grid, target, 8).item() == pytest.approx(pattern.abs().mean().item(), rel=1e-5)
+    cut = grid_l1((target + grid)[..., :30, :27], target[..., :30, :27], 8)
+    assert cut.item() == pytest.approx(pattern.abs().mean().item(), rel=1e-5), "at any size"
+    assert grid_l1(target + 0.5, target, 8).item() == pytest.approx(0, abs=1e-6)
+    turned = torch.cat([grid[..., :16, :], -grid[..., 16:, :]], dim=2)
+    assert grid_l1(target + turned, target, 8).item() == pytest.approx(0, abs=1e-6)
+    large = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
+    assert grid_l1(large, torch.zeros_like(large), 8) < 0.05 * pixel_l1(large, torch.zeros_like(large))
 
 
 @pytest.mark.parametrize("kind", ["tiny", "kl"])
