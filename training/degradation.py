@@ -62,17 +62,22 @@ class DegradationConfig:
         )
     )
     final_sinc_probability: float = 0.8
+    # Unsharp masking of the small picture, which is not part of the published degradation.
+    sharpen_probability: float = 0.0
+    sharpen_amount: tuple[float, float] = (0.2, 1.2)
+    sharpen_sigma: tuple[float, float] = (0.5, 1.2)  # pixels of the small picture
 
     @classmethod
     def mild(cls) -> "DegradationConfig":
-        """What a fair camera and careful saving do: optical blur, a little noise, JPEG of high quality.
+        """What a fair camera and careful saving do: optical blur, a little noise, sharpening, JPEG of high quality.
 
         Not published; a share of it in training keeps the fine texture of pictures that have any.
         """
         return cls(
+            sharpen_probability=0.5,
             first=StageConfig(
                 blur_probability=1.0,
-                blur_sigma=(0.5, 3.0),
+                blur_sigma=(0.5, 4.5),
                 resize_probabilities=(0.0, 0.3, 0.7),
                 resize_range=(0.5, 1.0),
                 gaussian_noise_sigma=(0.0, 4.0),
@@ -169,6 +174,14 @@ def random_blur_kernel(stage: StageConfig, generator: torch.Generator) -> Tensor
     elif kind in (4, 5):
         beta = _shape_parameter(generator, *stage.plateau_beta)
     return _centred(gaussian_kernel(size, (sigma_x, sigma_y), angle, beta, plateau=kind in (4, 5)))
+
+
+def random_sharpening(config: DegradationConfig, generator: torch.Generator) -> Tensor | None:
+    """A kernel (21, 21) that adds a share of what a Gaussian blur takes away; None where nothing is sharpened."""
+    if not config.sharpen_probability or not _chance(generator, config.sharpen_probability):
+        return None
+    amount, sigma = _uniform(generator, *config.sharpen_amount), _uniform(generator, *config.sharpen_sigma)
+    return (1 + amount) * _centred(torch.ones(1, 1)) - amount * gaussian_kernel(KERNEL_SIZE, (sigma, sigma))
 
 
 def random_final_sinc(probability: float, generator: torch.Generator) -> Tensor:
@@ -282,11 +295,17 @@ def degrade(hq: Tensor, generator: torch.Generator, config: DegradationConfig | 
 
         sinc = random_final_sinc(config.final_sinc_probability, generator)[None]
         quality = _uniform(generator, *second.jpeg_quality)
+        sharpening = random_sharpening(config, generator)
         if _chance(generator, 0.5):
-            image = filter2d(random_resize(image, target, generator), sinc)
+            image = _last(random_resize(image, target, generator), sinc, sharpening)
             image = jpeg(image, quality)
         else:
             image = jpeg(image, quality)
-            image = filter2d(random_resize(image, target, generator), sinc)
+            image = _last(random_resize(image, target, generator), sinc, sharpening)
         results.append((image.clamp(0, 1) * 255).round() / 255)
     return torch.cat(results)
+
+
+def _last(image: Tensor, sinc: Tensor, sharpening: Tensor | None) -> Tensor:
+    image = filter2d(image, sinc)
+    return image if sharpening is None else filter2d(image, sharpening[None]).clamp(0, 1)

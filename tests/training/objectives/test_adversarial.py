@@ -64,13 +64,14 @@ def test_evidence_is_a_psnr_of_small_pictures():
 
 def test_blur_is_no_want_of_evidence_and_noise_is():
     generator = torch.Generator().manual_seed(0)
-    hq = gaussian_blur(torch.randn(1, 3, 32, 32, generator=generator), 1.0)
+    hq = gaussian_blur(torch.randn(1, 3, 32, 32, generator=generator), 0.7)
     noise = 2 * 10 ** (-28.5 / 20) * torch.randn(hq.shape, generator=generator)
-    assert evidence(gaussian_blur(hq, 0.4), hq, 1, 50.0, 60.0) == 0, "between two of the blurs that it tries"
-    for sigma in (0.0, 0.45, 0.9):
-        blurred = gaussian_blur(hq, sigma)
-        assert evidence(blurred, hq, 1, 50.0, 60.0) == 1
-        assert evidence(blurred + noise, hq, 1, 26.0, 31.0).item() == pytest.approx(0.5, abs=0.1)
+    changed = [gaussian_blur(hq, sigma) for sigma in (0.0, 0.5, 0.8, 1.5)]
+    changed.append(1.8 * hq - 0.8 * gaussian_blur(hq, 1.0))  # sharpened
+    for one in changed:
+        assert evidence(one, hq, 1, 30.0, 40.0) == 1
+        assert evidence(one + noise, hq, 1, 26.0, 31.0).item() == pytest.approx(0.5, abs=0.1)
+    assert evidence(hq + 0.1, hq, 1, 30.0, 40.0) == 0, "another colour is neither"
 
 
 def test_gaussian_blur():
