@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -174,7 +175,7 @@ class ProjectedDiscriminator(Discriminator):
             ConfigError: if the pictures have fewer patches than the heads look at.
         """
         height, width = (side // self._patch for side in pictures.shape[-2:])
-        if height * width < FEWEST_POSITIONS or not height * width:
+        if height * width < FEWEST_POSITIONS:
             raise ConfigError(
                 f"The discriminator dino looks at patches of {self._patch} pixels and needs crops of at least "
                 f"{2 * self._patch}, not {min(pictures.shape[-2:])}."
@@ -223,19 +224,20 @@ def load_backbone(name: str, twice: bool = False) -> Any:
     """
     from transformers import AutoConfig, Dinov2Model, ViTModel
 
+    kinds: dict[str, Callable[..., Any]] = {
+        "vit": partial(ViTModel.from_pretrained, add_pooling_layer=False),
+        "dinov2": Dinov2Model.from_pretrained,
+    }
+    more: dict[str, Any] = {"attn_implementation": "eager"} if twice else {}
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in ("vit", "dinov2"):
-            raise ConfigError(f"discriminator_model {name} is a {kind}; the discriminator dino needs a vit or dinov2.")
-        more: dict[str, Any] = {"attn_implementation": "eager"} if twice else {}
-        if kind == "dinov2":
-            return Dinov2Model.from_pretrained(name, **more).float()
-        return ViTModel.from_pretrained(name, add_pooling_layer=False, **more).float()
+        backbone = kinds[kind](name, **more).float() if kind in kinds else None
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             f"The vision transformer {name} (discriminator_model) is not here and could not be fetched "
             f"({reason(error)}); name its folder, fetch it once with a network, or use discriminator_kind multiscale, "
             "which needs no download."
         ) from error
+    if backbone is None:
+        raise ConfigError(f"discriminator_model {name} is a {kind}; the discriminator dino needs a vit or dinov2.")
+    return backbone
