@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .config import DistillConfig, Phase
+from .degradation import evidence
 from .draws import FAKE_SCORE as FAKE_SCORE_NOISE
 from .draws import JUDGED, RESTORING, SCORES, draws
 from .families import Known, Prompt, guided_velocity
@@ -25,7 +26,7 @@ from .losses import (
     noised,
 )
 from .networks import DISCRIMINATOR, FAKE_SCORE, LATENT_DISCRIMINATOR, TEACHER, Networks
-from .objectives import evidence, latent_mse
+from .objectives import latent_mse
 from .objectives.noise import Velocity
 from .sampling import restore_latents
 

@@ -566,11 +566,11 @@ def test_memory_does_not_grow_with_the_film(tmp_path):
     rng = np.random.default_rng(0)
     noise = [tuple(rng.integers(16, 235, (288 // k, 352 // k), dtype=np.uint8) for k in (1, 2, 2)) for _ in range(5)]
     used = []
-    for count in (20, 20, 150):
+    for count in (20, 20, 220):
         frames = list(itertools.islice(itertools.cycle(noise), count))
         name = tmp_path / f"{count}.mkv"
         source = save(name, frames, codec="mpeg4", pixel_format="yuv420p", options={"qscale": "2"})
         write(source, tmp_path / "result.mkv", factor=1, quality=50)
         used.append(psutil.Process().memory_info().rss)
-    # 130 frames more are 80 MB of pixels.
-    assert used[2] - used[1] < 20e6
+    # 200 frames more are 120 MB of pixels.
+    assert used[2] - used[1] < 50e6

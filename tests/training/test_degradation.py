@@ -5,12 +5,23 @@ import dataclasses
 import pytest
 import torch
 
-from tsdsr.training.degradation import DegradationConfig, degrade, filter2d, gaussian_kernel, random_sharpening
+from tsdsr.training.degradation import (
+    DegradationConfig,
+    degrade,
+    evidence,
+    filter2d,
+    gaussian_kernel,
+    random_sharpening,
+)
 
 
 def photograph(batch=1, size=64, seed=0):
     noise = torch.rand(batch, 3, size // 16, size // 16, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic").clamp(0, 1)
+
+
+def gaussian_blur(pictures, sigma):
+    return filter2d(pictures, gaussian_kernel(21, (sigma, sigma)).expand(len(pictures), -1, -1))
 
 
 def run(hq, seed=0):
@@ -92,3 +103,36 @@ def test_mild_damage_is_mild_and_sharpened_at_times():
         degrade(hq, torch.Generator().manual_seed(0), config).diff(dim=-1).abs().mean() for config in (always, never)
     ]
     assert edges[0] > 1.1 * edges[1]
+
+
+def test_evidence_is_a_psnr_of_small_pictures():
+    """An offset of 2 * 10^(-dB / 20) has that PSNR at every size; detail that small pictures lose has none."""
+    hq = torch.zeros(5, 3, 16, 24)
+    for i, psnr in enumerate((20.0, 26.0, 28.5, 31.0, 40.0)):
+        hq[i] += 2 * 10 ** (-psnr / 20)
+    found = evidence(torch.zeros_like(hq), hq, 4, 26.0, 31.0)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    stripes = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 3, 16, 32)
+    assert evidence(torch.zeros_like(stripes), stripes, 4, 26.0, 31.0) == 1
+    assert evidence(stripes, torch.zeros_like(stripes), 1, 26.0, 31.0) == 0
+
+
+def test_blur_is_no_want_of_evidence_and_noise_is():
+    generator = torch.Generator().manual_seed(0)
+    hq = gaussian_blur(torch.randn(1, 3, 32, 32, generator=generator), 0.7)
+    noise = 2 * 10 ** (-28.5 / 20) * torch.randn(hq.shape, generator=generator)
+    changed = [gaussian_blur(hq, sigma) for sigma in (0.1, 0.5, 0.8, 1.5)]
+    changed.append(1.8 * hq - 0.8 * gaussian_blur(hq, 1.0))  # sharpened
+    for one in changed:
+        assert evidence(one, hq, 1, 30.0, 40.0) == 1
+        assert evidence(one + noise, hq, 1, 26.0, 31.0).item() == pytest.approx(0.5, abs=0.1)
+    assert evidence(hq + 0.1, hq, 1, 30.0, 40.0) == 0, "another colour is neither"
+
+
+def test_evidence_is_the_same_in_mixed_precision():
+    hq = photograph(2, 64)
+    lq = torch.nn.functional.interpolate(run(hq), scale_factor=4, mode="bicubic")
+    expected = evidence(lq, hq, 4, 10.0, 60.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(evidence(lq, hq, 4, 10.0, 60.0), expected)
+    assert 0 < expected.min() < expected.max() < 1

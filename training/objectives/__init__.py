@@ -5,7 +5,6 @@ at noise levels sigma (B,), 0..1, with z = sigma * noise + (1 - sigma) * clean, 
 """
 
 from .adversarial import (
-    evidence,
     feature_matching,
     hinge_discriminator_loss,
     hinge_student_loss,
@@ -37,7 +36,6 @@ __all__ = [
     "ddpm_velocity",
     "draw_levels",
     "draw_noise",
-    "evidence",
     "fake_score_loss",
     "feature_matching",
     "frequency_l1",

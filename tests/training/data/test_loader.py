@@ -60,7 +60,7 @@ def test_crops_are_neither_flipped_nor_turned_where_not_asked(folder):
 
 def test_workers_read_on_when_all_processes_of_a_job_are_asked_to_stop(folder):
     iterator = training_batches(Folder(folder), SETTINGS, stop=20, num_workers=2)
-    found = [next(iterator)]
+    found = [next(iterator), next(iterator)]  # one of each worker: both have begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
