@@ -315,7 +315,7 @@ def build_networks(base: Base, config: DistillConfig, weight_dtype: torch.dtype)
     vae = SharedBase(base.vae, vae_loras, own_vae, decoder)
     discriminator = latent_discriminator = None
     if config.uses(*Phase.FOLLOWERS["discriminator"]):
-        discriminator = make_discriminator(config)
+        discriminator = make_discriminator(config, channels=6 if config.discriminator_sees_lq else 3)
     if config.uses(*Phase.FOLLOWERS["latent_discriminator"]):
         latent_discriminator = make_latent_discriminator(config, family, denoiser)
     networks = Networks(family, denoiser, vae, shift, discriminator, latent_discriminator)

@@ -39,6 +39,7 @@ COUNTS = (
     "logging_steps",
 )
 NOT_NEGATIVE = (
+    "discriminator_shift",
     "latent_discriminator_width",
     "mild_degradation",
     "keep_photographs_gb",
@@ -190,6 +191,8 @@ class DistillConfig:
     )
     discriminator_width: int = setting(32, "channels of the discriminator's first layer")
     discriminator_layers: int = setting(3, "its strided layers: each halves the picture and doubles the channels")
+    discriminator_sees_lq: bool = setting(False, "show it the enlarged LQ picture beside each: patch and multiscale")
+    discriminator_shift: int = setting(0, "pixels by which what it judges is shifted at most, at random")
     latent_discriminator_depths: int = setting(4, "depths of the teacher that the discriminator of latents looks at")
     latent_discriminator_width: int = setting(0, "channels of its heads; 0: as many as the teacher has there")
     latent_discriminator_votes: int = setting(64, "its logits for each position")
@@ -296,6 +299,8 @@ class DistillConfig:
             raise ConfigError(f"max_grad_norm must be above 0, not {self.max_grad_norm}.")
         if self.teacher_strength is not None and not 0 < self.teacher_strength <= 1:
             raise ConfigError(f"teacher_strength must be above 0 and at most 1, not {self.teacher_strength}.")
+        if self.discriminator_sees_lq and self.discriminator_kind == "dino":
+            raise ConfigError("discriminator_sees_lq is for discriminator_kind patch and multiscale, not dino.")
         bounds = self.adversarial_evidence
         if bounds and (len(bounds) != 2 or bounds[0] >= bounds[1]):
             raise ConfigError(f"adversarial_evidence must be two numbers, the lower first, not {bounds}.")
@@ -400,11 +405,16 @@ class DistillConfig:
         if self.discriminator_kind == "dino":  # its transformer knows how large a patch is
             return
         sizes = self.discriminator_scales if self.discriminator_kind == "multiscale" else 1
-        least = 2 ** (self.discriminator_layers + sizes - 1)
+        least = 2 ** (self.discriminator_layers + sizes - 1) + self.discriminator_shift
         if resolution < least:
             raise ConfigError(
                 f"A discriminator with {self.discriminator_layers} strided layers (discriminator_layers)"
                 + (f" at {sizes} sizes (discriminator_scales)" if sizes > 1 else "")
+                + (
+                    f", shifted by {self.discriminator_shift} (discriminator_shift),"
+                    if self.discriminator_shift
+                    else ""
+                )
                 + f" needs crops of at least {least} pixels, not {resolution}."
             )
 

@@ -60,11 +60,12 @@ class PatchDiscriminator(Discriminator):
     Args:
         width: channels of the first layer; each strided one doubles them, up to eight times.
         layers: how many are strided.
+        channels: 6 where every picture is followed by the one that it was made of.
     """
 
-    def __init__(self, width: int = 32, layers: int = 3):
+    def __init__(self, width: int = 32, layers: int = 3, channels: int = 3):
         super().__init__()
-        found: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
+        found: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.LeakyReLU(0.2)]
         widths = [width * 2 ** min(i, 3) for i in range(layers + 1)]
         for narrow, wide in pairwise(widths):
             found += [spectral_norm(nn.Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False)), nn.LeakyReLU(0.2)]
@@ -93,11 +94,12 @@ class MultiScaleDiscriminator(Discriminator):
         width: channels of the first layer for each size.
         layers: how many are strided.
         scales: how many sizes.
+        channels: 6 where every picture is followed by the one that it was made of.
     """
 
-    def __init__(self, width: int = 32, layers: int = 3, scales: int = 3):
+    def __init__(self, width: int = 32, layers: int = 3, scales: int = 3, channels: int = 3):
         super().__init__()
-        self.scales = nn.ModuleList([PatchDiscriminator(width, layers) for _ in range(scales)])
+        self.scales = nn.ModuleList([PatchDiscriminator(width, layers, channels) for _ in range(scales)])
 
     def features(self, pictures: Tensor, *known: Any) -> list[Tensor]:
         """The maps of each size, largest first, then the logits."""
@@ -195,8 +197,12 @@ class ProjectedDiscriminator(Discriminator):
         return [*hidden, torch.cat([one.flatten(1) for one in votes], dim=1)]
 
 
-def make_discriminator(config: DistillConfig) -> Discriminator:
+def make_discriminator(config: DistillConfig, channels: int = 3) -> Discriminator:
     """As a run's settings ask for it, in eval mode.
+
+    Args:
+        config: discriminator_kind and what belongs to it are read from it.
+        channels: of what it judges; 3 for a vision transformer.
 
     Raises:
         ConfigError: if its vision transformer cannot be had.
@@ -206,9 +212,9 @@ def make_discriminator(config: DistillConfig) -> Discriminator:
     if config.discriminator_kind == "dino":
         found = ProjectedDiscriminator(load_backbone(config.discriminator_model, twice=config.r1_weight > 0))
     elif config.discriminator_kind == "multiscale":
-        found = MultiScaleDiscriminator(width, layers, config.discriminator_scales)
+        found = MultiScaleDiscriminator(width, layers, config.discriminator_scales, channels)
     else:
-        found = PatchDiscriminator(width, layers)
+        found = PatchDiscriminator(width, layers, channels)
     return found.eval().to(memory_format=torch.channels_last)  # what convolutions are fastest with
 
 

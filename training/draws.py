@@ -5,7 +5,7 @@ import torch
 
 # What a stream of numbers is for, the first part of a key: what one of them draws leaves the others alone.
 ORDER, CROPS, DEGRADATION, PLACES, SCORES, FAKE_SCORE, PRETRAINING = range(7)
-SAMPLING, SIZES, RESTORING, JUDGED, MASKS = range(7, 12)
+SAMPLING, SIZES, RESTORING, JUDGED, MASKS, SHIFTS = range(7, 13)
 
 
 def draws(seed: int, *key: int) -> torch.Generator:

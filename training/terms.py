@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from .config import DistillConfig, Phase
 from .degradation import evidence
 from .draws import FAKE_SCORE as FAKE_SCORE_NOISE
-from .draws import JUDGED, RESTORING, SCORES, draws
+from .draws import JUDGED, RESTORING, SCORES, SHIFTS, draws
 from .families import Known, Prompt, guided_velocity
 from .losses import (
     Reconstruction,
@@ -108,7 +109,7 @@ class Terms:
         with self._accelerator.autocast():
             terms = self._reconstruction(weights, one.latents, one.hq_latents, one.output, one.hq)
             judge = partial(self._networks.judge, DISCRIMINATOR)
-            terms |= adversarial_terms(self._config, weights, judge, one.output, one.hq, self._counts(one))
+            terms |= adversarial_terms(self._config, weights, judge, *self._shown(one), self._counts(one))
         of_latents = {
             "teacher_mse": self._teacher_mse,
             "tsd": self._tsd,
@@ -167,9 +168,29 @@ class Terms:
 
     def _discriminator(self, one: MicroBatch, _: int) -> dict[str, Tensor]:
         """It learns to tell the student's pictures from the photographs."""
-        assert one.output is not None
+        output, hq = self._shown(one)
+        assert output is not None
         judge = partial(self._model, DISCRIMINATOR)
-        return discriminator_terms(self._config, judge, one.output, one.hq, counts=self._counts(one))
+        return discriminator_terms(self._config, judge, output, hq, counts=self._counts(one))
+
+    def _shown(self, one: MicroBatch) -> tuple[Tensor | None, Tensor]:
+        """What the discriminator of pictures is shown of the student's pictures and of the photographs.
+
+        The enlarged LQ picture behind each, (B, 6, H, W), where it sees that: the judge of pix2pix (arXiv 1611.07004),
+        of whether a picture is what this one was made of. And a part at a random place, the same for all, as in
+        differentiable augmentation (arXiv 2006.10738): a discriminator's strides are those of a student's patches, and
+        what it asks for would come to lie on their grid.
+        """
+        if one.output is None:
+            return None, one.hq
+        found = torch.cat([one.output, one.hq])
+        if self._config.discriminator_sees_lq:
+            found = torch.cat([found, one.pictures.repeat(2, 1, 1, 1)], dim=1)
+        if shift := self._config.discriminator_shift:
+            top, left = torch.randint(shift + 1, (2,), generator=draws(self._config.seed, SHIFTS, one.index)).tolist()
+            found = found[..., top : found.shape[-2] - shift + top, left : found.shape[-1] - shift + left]
+        output, hq = found.chunk(2)
+        return output, hq
 
     def _counts(self, one: MicroBatch) -> Tensor | None:
         """How much each picture counts between student and discriminator."""

@@ -245,6 +245,7 @@ def test_a_pretrained_base_is_said_as_well(recipe):
                 *("max_train_steps", "learning_rate", "fake_score_learning_rate", "lr_warmup_steps", "adam_epsilon"),
                 *("adam_weight_decay", "validation_steps", "mild_degradation"),
                 *("discriminator_learning_rate", "r1_weight", "latent_discriminator_width"),
+                "discriminator_shift",
             )
         ),
         (["--validation_size", "8"], "validation_size must be at least 16, not 8."),
@@ -274,6 +275,15 @@ def test_a_pretrained_base_is_said_as_well(recipe):
             ["--adversarial", "1", "--discriminator_kind", "multiscale", "--resolution", "28"],
             "A discriminator with 3 strided layers (discriminator_layers) at 3 sizes (discriminator_scales) needs "
             "crops of at least 32 pixels, not 28.",
+        ),
+        (
+            ["--adversarial", "1", "--discriminator_shift", "8", "--resolution", "12"],
+            "A discriminator with 3 strided layers (discriminator_layers), shifted by 8 (discriminator_shift), needs "
+            "crops of at least 16 pixels, not 12.",
+        ),
+        (
+            ["--discriminator_sees_lq", "--discriminator_kind", "dino"],
+            "discriminator_sees_lq is for discriminator_kind patch and multiscale, not dino.",
         ),
         (["--grid_l1", "1", "--resolution", "12"], "grid_l1 needs crops of at least 16 pixels (grid_period)."),
         (["--discriminator_kind", "vit"], "discriminator_kind must be one of patch, multiscale, dino, not 'vit'."),

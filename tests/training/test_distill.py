@@ -502,6 +502,39 @@ def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
 
 
+@pytest.mark.parametrize("kind", ["patch", "multiscale"])
+def test_a_discriminator_that_sees_lq_pictures_shifted(config, tmp_path, monkeypatch, kind):
+    """A place for each micro-batch, the same for the student's pictures, the photographs and what lies behind them."""
+    seen, real = [], terms.Terms._shown
+
+    def shown(self, one):
+        seen.append((one, real(self, one)))
+        return seen[-1][1]
+
+    def offset(window, picture):
+        """Where it lies in the picture."""
+        places = picture.unfold(2, window.shape[-2], 1).unfold(3, window.shape[-1], 1)
+        same = (places == window[:, :, None, None]).flatten(4).all(4).flatten(0, 1).all(0)
+        return [tuple(place) for place in same.nonzero().tolist()]
+
+    monkeypatch.setattr(terms.Terms, "_shown", shown)
+    more = {"discriminator_kind": kind, "discriminator_scales": 2, "discriminator_sees_lq": True}
+    distill(config(tmp_path, **AGAINST, **more, discriminator_shift=3, validation_photographs=0))
+    before, after = trained(tmp_path, 2), trained(tmp_path, 4)
+    (first, *_) = [name for name in after if name.startswith("discriminator.") and name.endswith("layers.0.weight")]
+    assert (before[first] != after[first]).any(dim=(0, 2, 3)).tolist() == [True] * 6
+    places = []
+    for one, (output, hq) in seen:
+        assert output.shape == hq.shape == (len(one.hq), 6, one.hq.shape[-2] - 3, one.hq.shape[-1] - 3)
+        assert output.requires_grad == one.output.requires_grad
+        (place,) = offset(hq[:, :3], one.hq)
+        assert place in offset(output[:, :3], one.output)
+        assert place in offset(output[:, 3:], one.pictures) and torch.equal(output[:, 3:], hq[:, 3:])
+        places.append(place)
+    assert places[::2] == places[1::2], "who is judged and who judges"
+    assert len(set(places)) > 1
+
+
 def test_accumulation_after_pretraining(config, tmp_path, monkeypatch):
     """A base that is trained here has its own accelerator: the loss is still a mean over micro-batches."""
     seen, real = [], Accelerator.backward
