@@ -179,7 +179,7 @@ class Terms:
         The enlarged LQ picture behind each, (B, 6, H, W), where it sees that: the judge of pix2pix (arXiv 1611.07004),
         of whether a picture is what this one was made of. And a part at a random place, the same for all, as in
         differentiable augmentation (arXiv 2006.10738): a discriminator's strides are those of a student's patches, and
-        what it asks for would come to lie on their grid.
+        what it asks for could come to lie on their grid.
         """
         if one.output is None:
             return None, one.hq
