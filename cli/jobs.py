@@ -446,18 +446,20 @@ def _locked(output: Path) -> Iterator[None]:
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output.with_name(f".{_hidden(output.name)}.lock"))
     try:
-        lock.acquire(timeout=0)
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
-            raise
-    try:
+        try:
+            lock.acquire(timeout=0)
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
         yield
     finally:
+        with suppress(NotImplementedError, OSError):
+            lock.acquire(timeout=0)  # where a signal came between the making of the file and its locking
         if lock.is_locked:
             # While it is held, so that the file is not yet another's; where that cannot be, releasing removes it.
             with suppress(OSError):
                 os.unlink(lock.lock_file)
-            lock.release()
+            lock.release(force=True)
         for folder in made:
             with suppress(OSError):  # not empty
                 folder.rmdir()

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tsdsr.cli.jobs import _is_disk_full
+from tsdsr.cli.jobs import _is_disk_full, _locked
 from tsdsr.cli.manifest import Manifest
 
 
@@ -346,3 +346,25 @@ def test_a_launched_process_takes_its_own_gpu(upscale, photos, assert_refused, m
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "99")):
         monkeypatch.setenv(name, value)
     assert_refused(upscale(photos), "cuda:99")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no flocks")
+def test_a_signal_while_a_lock_is_made_leaves_none(tmp_path, monkeypatch):
+    import fcntl
+
+    flock, calls = fcntl.flock, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            assert (tmp_path / "out" / ".0.png.lock").exists()
+            raise KeyboardInterrupt
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    with pytest.raises(KeyboardInterrupt), _locked(tmp_path / "out" / "0.png"):
+        raise AssertionError("never held")
+    assert not (tmp_path / "out").exists()
+    with _locked(tmp_path / "out" / "0.png"):
+        assert (tmp_path / "out" / ".0.png.lock").exists()
+    assert not (tmp_path / "out").exists()
