@@ -236,6 +236,9 @@ class DistillConfig:
     adversarial_evidence: list[float] = setting(
         [], "two PSNRs of LQ pictures, dB, between which the weight of adversarial terms grows from 0", nargs="+"
     )
+    adversarial_balance: bool = setting(
+        False, "scale the gradients of adversarial and feature_matching to the size of pixel_l1's"
+    )
     r1_weight: float = setting(0.0, "weight of the gradient penalty (R1) of the discriminator of pictures")
     lr_scheduler: str = setting("cosine_with_restarts", "one of diffusers' schedules")
     lr_warmup_steps: int = setting(0, "steps of linear warm-up")

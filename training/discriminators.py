@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .config import ConfigError, DistillConfig, reason
 
+GAIN = 2.0  # of a convolution under a spectral norm, which lets little of a picture's usual content through
 FEWEST_POSITIONS = 4  # of a map that `Votes` looks at: its convolution wraps around once at most
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pictures that vision transformers are trained with
 
@@ -55,7 +56,8 @@ class Discriminator(nn.Module):
 class PatchDiscriminator(Discriminator):
     """Judges patches of pictures (B, 3, H, W) in -1..1: logits (B, 1, H / 2^layers, W / 2^layers).
 
-    Strided convolutions as in pix2pix (arXiv 1611.07004); spectral norms keep it Lipschitz.
+    Strided convolutions as in pix2pix (arXiv 1611.07004); spectral norms keep it Lipschitz. What passes through one is
+    doubled: without that, maps shrink from layer to layer, and logits stay alike for thousands of steps.
 
     Args:
         width: channels of the first layer; each strided one doubles them, up to eight times.
@@ -79,6 +81,8 @@ class PatchDiscriminator(Discriminator):
         maps = []
         for layer in self.layers:
             pictures = layer(pictures)
+            if parametrize.is_parametrized(layer):
+                pictures = GAIN * pictures
             if isinstance(layer, nn.LeakyReLU):
                 maps.append(pictures)
         return [*maps, pictures]

@@ -11,6 +11,7 @@ from .config import ConfigError, DistillConfig, Phase, reason
 from .objectives import (
     EncoderFeatureDistance,
     add_noise,
+    balanced,
     dasm_trajectory,
     draw_levels,
     draw_noise,
@@ -83,6 +84,7 @@ def adversarial_terms(
     output: Tensor | None,
     hq: Tensor,
     counts: Tensor | None = None,
+    balance: bool = False,
 ) -> dict[str, Tensor]:
     """What a discriminator says of the student's pictures: the terms that `weights` names, unweighted.
 
@@ -93,11 +95,15 @@ def adversarial_terms(
         output: the student's pictures (B, 3, H, W), about -1..1; None if no term looks at pictures.
         hq: the photographs, -1..1.
         counts: how much each counts, (B,); all the same without it.
+        balance: scale the gradient of each term to the size of pixel_l1's.
     """
     if output is None or not weights.keys() & set(Phase.ADVERSARIAL):
         return {}
     counts, output, hq = that_count(counts, output, hq)
     relativistic = config.adversarial_loss == "relativistic"
+    made = output
+    if balance:
+        output = made.detach().requires_grad_()
     *maps, fake = judge(output)
     if relativistic or "feature_matching" in weights:
         with torch.no_grad():
@@ -110,6 +116,9 @@ def adversarial_terms(
         )
     if "feature_matching" in weights:
         found["feature_matching"] = feature_matching(maps, wanted, counts)
+    if balance:
+        share = 1.0 if counts is None else counts.mean()
+        found = {name: balanced(value, output, made, share) for name, value in found.items()}
     return found
 
 

@@ -109,7 +109,9 @@ class Terms:
         with self._accelerator.autocast():
             terms = self._reconstruction(weights, one.latents, one.hq_latents, one.output, one.hq)
             judge = partial(self._networks.judge, DISCRIMINATOR)
-            terms |= adversarial_terms(self._config, weights, judge, *self._shown(one), self._counts(one))
+            terms |= adversarial_terms(
+                self._config, weights, judge, *self._shown(one), self._counts(one), self._config.adversarial_balance
+            )
         of_latents = {
             "teacher_mse": self._teacher_mse,
             "tsd": self._tsd,

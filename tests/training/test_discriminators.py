@@ -158,3 +158,16 @@ def test_vision_transformers_that_cannot_be_had(tmp_path):
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match="is a bert; the discriminator dino needs a vit or dinov2"):
         load_backbone(str(tmp_path / "bert"))
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_pictures_pass_through_spectral_norms(width):
+    """Noise and edges alike: maps do not fade away from layer to layer, as they do without a gain."""
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(width).eval()
+    for _ in range(20):
+        discriminator.renew_norms()
+    pictures = torch.cat([0.3 * torch.randn(1, 3, 64, 64), torch.linspace(-1, 1, 64).round().expand(1, 3, 64, 64)])
+    for picture in pictures.split(1):
+        first, *_, last, _ = (float(one.std()) for one in discriminator.features(picture))
+        assert 0.1 * first < last < 10 * first, (first, last)

@@ -470,9 +470,10 @@ def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
     real = {name: getattr(terms, name) for name in ("adversarial_terms", "discriminator_terms")}
     real_step = Optimisation.step
 
-    def adversarial_terms(settings, weights, judge, output, hq, counts):
+    def adversarial_terms(settings, weights, judge, output, hq, counts, balance):
         judged.append((output.detach(), hq, counts, weights["adversarial"]))
-        return real["adversarial_terms"](settings, weights, judge, output, hq, counts)
+        assert balance
+        return real["adversarial_terms"](settings, weights, judge, output, hq, counts, balance)
 
     def discriminator_terms(settings, judge, output, hq, counts):
         assert not output.requires_grad
@@ -488,7 +489,8 @@ def test_what_the_discriminator_sees(config, tmp_path, monkeypatch):
     monkeypatch.setattr(terms, "discriminator_terms", discriminator_terms)
     monkeypatch.setattr(Optimisation, "step", step)
     more = {"gradient_accumulation_steps": 2, "max_train_steps": 2, "validation_photographs": 0, "output": "merged"}
-    distill(config(tmp_path, adversarial_evidence=[5.0, 40.0], **AGAINST, **more))
+    more |= {"adversarial_evidence": [5.0, 40.0], "adversarial_balance": True}
+    distill(config(tmp_path, **AGAINST, **more))
     assert len(judged) == len(learned) == 4
     for (output, hq, counts, _), (again, photographs, counts_again) in zip(judged, learned, strict=True):
         assert torch.equal(output, again) and torch.equal(hq, photographs) and output.shape == hq.shape

@@ -259,6 +259,30 @@ def test_pictures_that_count_nothing_are_not_judged(judged, loss):
     assert output.grad.abs().max() == 0 and all(weight.grad.abs().max() == 0 for weight in discriminator.parameters())
 
 
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_balanced_terms_pull_as_pixel_l1_does(judged, loss):
+    """Each by itself; where half of the pictures count they are pulled as hard as they were among others that do."""
+    discriminator, output, hq = judged
+    config, weights = judging(adversarial_loss=loss)
+    output = output.detach().requires_grad_()
+    values = adversarial_terms(config, weights, discriminator.judge, output, hq)
+    balanced = adversarial_terms(config, weights, discriminator.judge, output, hq, balance=True)
+    assert values.keys() == balanced.keys() == {"adversarial", "feature_matching"}
+    for name, value in balanced.items():
+        torch.testing.assert_close(value, values[name])
+        (plain,) = torch.autograd.grad(values[name], output, retain_graph=True)
+        (pull,) = torch.autograd.grad(value, output, retain_graph=True)
+        torch.testing.assert_close(pull.norm() * output.numel() ** 0.5, torch.tensor(1.0))
+        torch.testing.assert_close(torch.cosine_similarity(pull.flatten(), plain.flatten(), 0), torch.tensor(1.0))
+        twice = output.detach().repeat(2, 1, 1, 1).requires_grad_()
+        counts = torch.arange(2.0).repeat_interleave(len(hq))
+        both = adversarial_terms(
+            config, weights, discriminator.judge, twice, hq.repeat(2, 1, 1, 1), counts, balance=True
+        )
+        (halves,) = torch.autograd.grad(both[name], twice)
+        torch.testing.assert_close(2 * halves, torch.cat([torch.zeros_like(pull), pull]))
+
+
 def test_r1_is_the_gradient_at_photographs(judged):
     """Half the squared gradient of the logits' sum over their number: of a linear discriminator by hand."""
     _, output, hq = judged

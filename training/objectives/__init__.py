@@ -5,6 +5,7 @@ at noise levels sigma (B,), 0..1, with z = sigma * noise + (1 - sigma) * clean, 
 """
 
 from .adversarial import (
+    balanced,
     feature_matching,
     hinge_discriminator_loss,
     hinge_student_loss,
@@ -30,6 +31,7 @@ __all__ = [
     "ResidualShift",
     "TSDGradient",
     "add_noise",
+    "balanced",
     "classifier_free_guidance",
     "clean_from_velocity",
     "dasm_trajectory",

@@ -44,6 +44,29 @@ def that_count(counts: Tensor | None, output: Tensor, hq: Tensor) -> tuple[Tenso
     return counts[stay] * stay.float().mean(), output[stay], hq[stay]
 
 
+def balanced(loss: Tensor, seen: Tensor, output: Tensor, share: Tensor | float = 1.0) -> Tensor:
+    """A loss of pictures whose gradient is as large as that of their mean absolute error.
+
+    How steep a discriminator is changes by orders of magnitude while it learns. Its weight then says how much its
+    direction counts beside a pixel term's, as VQGAN's adaptive weight does (arXiv 2012.09841, equation 7), here at the
+    pictures themselves.
+
+    Args:
+        loss: a scalar that depends on `seen`.
+        seen: the pictures, cut off from what made them, requiring gradient.
+        output: the same attached to it.
+        share: of the gradient's size.
+
+    Returns:
+        The loss's value; its gradient with regard to `output` has the root mean square `share` / their number of
+        elements.
+    """
+    (gradient,) = torch.autograd.grad(loss, seen, retain_graph=True)
+    size = gradient.float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny) * gradient.numel()
+    pull = (output * (gradient / size * share).detach()).sum()
+    return pull + (loss - pull).detach()
+
+
 def r1_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
     """Half the squared length of the logits' gradient at photographs (R1, arXiv 1801.04406, equation 9).
 

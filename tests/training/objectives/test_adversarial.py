@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tsdsr.training.objectives import (
+    balanced,
     feature_matching,
     hinge_discriminator_loss,
     hinge_student_loss,
@@ -66,3 +67,28 @@ def test_feature_matching_is_a_mean_over_maps():
     )
     assert feature_matching(ours, theirs).item() == pytest.approx(1.5)
     assert feature_matching(ours, ours) == 0
+
+
+@pytest.mark.parametrize("steep", [1e-4, 1.0, 1e4])
+def test_a_balanced_gradient_is_as_large_as_that_of_the_absolute_error(steep):
+    """However steep the judge is; direction and value stay; what it judges with gets none."""
+    generator = torch.Generator().manual_seed(0)
+    output, wanted, judge = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(3))
+    output, judge = output.requires_grad_(), judge.requires_grad_()
+    (expected,) = torch.autograd.grad((output - wanted).abs().mean(), output)
+    seen = output.detach().requires_grad_()
+    loss = balanced((steep * judge * seen).sum(), seen, 1.0 * output, 0.5)
+    assert loss.item() == pytest.approx((steep * judge * output).sum().item(), rel=1e-4)
+    loss.backward()
+    assert output.grad.norm().item() == pytest.approx(0.5 * expected.norm().item())
+    assert torch.cosine_similarity(output.grad.flatten(), judge.detach().flatten(), 0).item() == pytest.approx(
+        1, abs=1e-5
+    )
+    assert judge.grad is None
+
+
+def test_a_balanced_gradient_of_nothing_is_nothing():
+    output = torch.ones(1, 3, 4, 4, requires_grad=True)
+    seen = output.detach().requires_grad_()
+    balanced((0 * seen).sum(), seen, output).backward()
+    assert (output.grad == 0).all()
