@@ -45,10 +45,25 @@ def test_a_grid_is_what_all_patches_share(pair):
     cut = grid_l1((target + grid)[..., :30, :27], target[..., :30, :27], 8)
     assert cut.item() == pytest.approx(pattern.abs().mean().item(), rel=1e-5), "at any size"
     assert grid_l1(target + 0.5, target, 8).item() == pytest.approx(0, abs=1e-6)
+    even = torch.zeros_like(target)
     turned = torch.cat([grid[..., :16, :], -grid[..., 16:, :]], dim=2)
-    assert grid_l1(target + turned, target, 8).item() == pytest.approx(0, abs=1e-6)
+    assert grid_l1(even + turned, even, 8).item() == pytest.approx(0, abs=1e-6)
     large = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
     assert grid_l1(large, torch.zeros_like(large), 8) < 0.05 * pixel_l1(large, torch.zeros_like(large))
+
+
+def test_a_grid_on_flat_parts_counts_most():
+    """Half of the picture is flat and has a grid of two levels, the other is wrong by ten times that, without a grid."""
+    draw = torch.Generator().manual_seed(0)
+    target = torch.zeros(1, 3, 64, 128)
+    target[..., 64:] = torch.rand(1, 3, 64, 64, generator=draw) * 2 - 1
+    grid = torch.zeros(1, 3, 8, 8)
+    grid[..., 0] = 4 / 255
+    output = target.clone()
+    output[..., :64] += grid.repeat(1, 1, 8, 8)
+    output[..., 64:] += (torch.rand(1, 3, 64, 64, generator=draw) - 0.5) * 80 / 255
+    alone = (grid - grid.mean()).abs().mean().item()
+    assert grid_l1(output, target, 8).item() == pytest.approx(alone, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "kl"])
