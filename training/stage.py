@@ -319,7 +319,8 @@ class Adversary:
     """A discriminator, what moves it, and what it says of pictures (B, 3, H, W) in -1..1.
 
     Args:
-        config: discriminator_learning_rate, discriminator_beta1, adversarial_loss and r1_weight are read from it.
+        config: discriminator_learning_rate, discriminator_beta1, adversarial_loss, adversarial_balance and r1_weight
+            are read from it.
         discriminator: in eval mode.
         weight: of the loss for those who are judged.
         begins: share of the stage's steps that come before it.
@@ -358,7 +359,8 @@ class Adversary:
     def loss(self, output: Tensor | None, hq: Tensor | None) -> Tensor:
         """Weighted, with gradient to `output` alone."""
         assert output is not None and hq is not None
-        terms = adversarial_terms(self._config, {"adversarial": 1.0}, self._discriminator.judge, output, hq)
+        config, judge = self._config, self._discriminator.judge
+        terms = adversarial_terms(config, {"adversarial": 1.0}, judge, output, hq, balance=config.adversarial_balance)
         return self._weight * terms["adversarial"]
 
     def unweighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:

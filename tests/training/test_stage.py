@@ -125,6 +125,13 @@ def test_an_adversary_is_listened_to(train):
     assert float(adversary.unweighted({"adversarial": loss})["adversarial"]) == pytest.approx(float(loss) / 0.3)
     assert [adversary.begin(steps) for steps in (4, 5, 8)] == [1, 2, 2]
 
+    pictures.grad = None
+    config.adversarial_balance = True
+    balanced = adversary.loss(pictures, torch.rand(2, 3, 8, 8))
+    torch.testing.assert_close(balanced, loss)
+    balanced.backward()
+    assert float(pictures.grad.square().mean().sqrt() * pictures.numel()) == pytest.approx(0.3, rel=1e-4)
+
 
 def test_a_checkpoint_holds_what_is_trained(train, tmp_path):
     train("run", judged=True)

@@ -42,6 +42,7 @@ SHARED = (
     "discriminator_layers",
     "discriminator_beta1",
     "adversarial_loss",
+    "adversarial_balance",
     "r1_weight",
     "output_dir",
     "checkpointing_steps",
@@ -65,6 +66,7 @@ DECISIVE = (
     "discriminator_layers",
     "discriminator_beta1",
     "adversarial_loss",
+    "adversarial_balance",
     "r1_weight",
 )
 SOURCES = ("train_data_dir", "dataset_name", "data_files")

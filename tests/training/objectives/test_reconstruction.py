@@ -53,7 +53,7 @@ def test_a_grid_is_what_all_patches_share(pair):
 
 
 def test_a_grid_on_flat_parts_counts_most():
-    """Half of the picture is flat and has a grid of two levels, the other is wrong by ten times that, without a grid."""
+    """Half of the picture is flat and has a grid of two levels, the other is wrong by far more, without a grid."""
     draw = torch.Generator().manual_seed(0)
     target = torch.zeros(1, 3, 64, 128)
     target[..., 64:] = torch.rand(1, 3, 64, 64, generator=draw) * 2 - 1
