@@ -121,17 +121,26 @@ def check_writable(jobs: Iterable[Job]) -> None:
                 ) from error
 
 
-def run(jobs: list[Job], settings: Settings, display: "Display", manifest: Manifest | None = None) -> None:
+def run(
+    jobs: list[Job],
+    settings: Settings,
+    display: "Display",
+    before: Mapping[Path, list[int] | None],
+    manifest: Manifest | None = None,
+) -> None:
     """Do the jobs in order. One that fails is reported and skipped, or ends the command where it is the only one.
 
     A result that another job holds the lock of is come back to. Processes of a launcher end together.
+
+    Args:
+        before: `stamp` of every result when these jobs were chosen; what changes from then on, another job makes.
 
     Raises:
         ValueError, OSError: the only picture cannot be read or written, the model cannot be loaded, the pipeline
             refuses an argument (which it would for every picture), or the disk is full.
         typer.Exit: with 1 if pictures were skipped, with 130 after Ctrl-C, 143 after SIGTERM.
     """
-    work = _Work(jobs, settings, display, manifest)
+    work = _Work(jobs, settings, display, before, manifest)
     try:
         _sweep(job.output for job in jobs)
         waiting = jobs
@@ -177,6 +186,7 @@ class _Work:
     jobs: list[Job]
     settings: Settings
     display: "Display"
+    before: Mapping[Path, list[int] | None]
     manifest: Manifest | None
     written: int = 0
     kept: int = 0
@@ -184,7 +194,6 @@ class _Work:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.before = {job.output: _stamp(job.output) for job in self.jobs}
         if self.manifest is not None and self.settings.resume:
             self.known = self.manifest.done()
 
@@ -210,7 +219,7 @@ class _Work:
             try:
                 if job.output != STREAM:
                     stack.enter_context(_locked(job.output))
-                if _stamp(job.output) not in (None, self.before[job.output]):
+                if stamp(job.output) not in (None, self.before[job.output]):
                     self.display.end(f"kept {job.output} (another job made it)")
                     return True
                 made = self._film(job) if is_video(job.source) else self._picture(job)
@@ -255,7 +264,7 @@ class _Work:
                 "input": os.path.abspath(job.source) if job.source != STREAM else "-",
                 "output": os.path.abspath(job.output) if job.output != STREAM else "-",
                 **facts,
-                **({"output_stamp": _stamp(job.output), "settings": self._arguments} if status == "done" else {}),
+                **({"output_stamp": stamp(job.output), "settings": self._arguments} if status == "done" else {}),
             }
         )
 
@@ -264,13 +273,13 @@ class _Work:
         from ..imaging import UnreadableImageError, open_frames
         from ..imaging.whole import is_whole
 
-        if self.before[job.output] is None and _stamp(job.output) is None:
+        if self.before[job.output] is None and stamp(job.output) is None:
             return False
         known = self.known.get(os.path.abspath(job.output), {})
         if known.get("status") == "done":
-            if (known.get("settings"), known.get("input_stamp")) != (self._arguments, _stamp(job.source)):
+            if (known.get("settings"), known.get("input_stamp")) != (self._arguments, stamp(job.source)):
                 return False
-            if known.get("output_stamp") == _stamp(job.output):
+            if known.get("output_stamp") == stamp(job.output):
                 return is_video(job.source) or is_whole(job.output)
         if is_video(job.source):
             return True  # a film appears under its name only when it is whole
@@ -316,7 +325,7 @@ class _Work:
         from ..imaging import create, open_frames
 
         self.display.begin(f"reading {job.source.name}")
-        start, stamp = time.perf_counter(), _stamp(job.source)
+        start, found = time.perf_counter(), stamp(job.source)
         source = io.BytesIO(sys.stdin.buffer.read()) if job.source == STREAM else job.source
         target: Path | BinaryIO = job.output
         writing = self.settings.writing
@@ -339,7 +348,7 @@ class _Work:
             if not isinstance(target, Path):
                 target.flush()
             return {
-                "input_stamp": stamp,
+                "input_stamp": found,
                 "input_size": [frames.width, frames.height],
                 "output_size": [size[1], size[0]],
                 "frames": len(frames),
@@ -369,7 +378,7 @@ class _Work:
     def _film(self, job: Job) -> dict[str, Any]:
         from .video import upscale_video
 
-        stamp = _stamp(job.source)
+        found = stamp(job.source)
         pipeline = self._pipeline
         self.display.begin(job.source.name)
         start = time.perf_counter()
@@ -384,7 +393,7 @@ class _Work:
             display=self.display,
             debug=self.settings.debug,
         )
-        return {"input_stamp": stamp, **made, "seconds": round(time.perf_counter() - start, 3)}
+        return {"input_stamp": found, **made, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def pipeline_defaults() -> Mapping[str, inspect.Parameter]:
@@ -414,7 +423,7 @@ def _load(settings: Settings) -> "TSDSRPipeline":
     return pipeline
 
 
-def _stamp(path: Path) -> list[int] | None:
+def stamp(path: Path) -> list[int] | None:
     """What changes when a file does: bytes and time of change, in ns; None where there is none."""
     try:
         status = os.stat(path)

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .errors import fail, one_sentence
-from .jobs import TERMINATED, Settings, Terminated, check_writable, launch, pipeline_defaults, run, share
+from .jobs import TERMINATED, Settings, Terminated, check_writable, launch, pipeline_defaults, run, share, stamp
 from .manifest import Manifest
 from .options import (
     ColorFixOption,
@@ -171,9 +170,9 @@ def upscale(
             raise ValueError("no picture comes from stdin, which is a terminal: name a file, or lead one there.")
         process = None if launched is None else launched.rank
         prefix = "" if process is None else f"{process}: "
-        todo = []
+        todo, before = [], {job.output: stamp(job.output) for job in jobs}
         for job in jobs:
-            if overwrite or resume or job.output == STREAM or not os.path.exists(os.path.realpath(job.output)):
+            if overwrite or resume or job.output == STREAM or before[job.output] is None:
                 todo.append(job)
             else:
                 typer.echo(f"{prefix}kept {job.output} (--overwrite replaces it)")
@@ -183,7 +182,7 @@ def upscale(
             from .progress import Display
 
             with Display(len(todo), process) as display:
-                run(todo, settings, display, records)
+                run(todo, settings, display, before, records)
 
 
 def _stdout_format(job: Job, file_format: Format | None) -> str:

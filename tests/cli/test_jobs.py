@@ -179,6 +179,26 @@ def test_a_result_that_another_job_is_making_is_come_back_to(upscale, photos, fi
     assert files(out) == ["1.png", "2.png", "deep/3.png"]
 
 
+def test_a_result_that_appears_before_the_first_picture_begins(upscale, photos, files, tmp_path, monkeypatch):
+    """Another job may be quicker than this one's start; with or without --overwrite its result is new."""
+    from tsdsr.cli import upscale as command
+
+    result = tmp_path / "out" / "1.png"
+
+    def make(jobs):
+        result.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (1, 1)).save(result)
+
+    monkeypatch.setattr(command, "check_writable", make)
+    for more in ((), ("--overwrite",)):
+        time.sleep(0.01)  # so that the second is another file than the first
+        run = upscale(photos, "-o", tmp_path / "out", *more)
+        assert run.exit_code == 0, run.output
+        assert f"kept {result} (another job made it)" in run.output
+        with Image.open(result) as kept:
+            assert kept.size == (1, 1)
+
+
 def test_what_a_kill_left_is_swept_up(upscale, photo, files, tmp_path):
     long = "n" * 240 + ".png"
     for name in ("a.png", long):
