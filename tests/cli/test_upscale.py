@@ -484,7 +484,7 @@ def test_interrupt_while_a_result_is_written(upscale, photo, files, monkeypatch,
 def test_options_left_out_have_the_defaults_of_the_pipeline(photo, monkeypatch, tmp_path):
     """The command hands over what was given and nothing else: no default is written down a second time."""
     seen = []
-    monkeypatch.setattr(command, "run", lambda jobs, settings, display, manifest: seen.append(settings))
+    monkeypatch.setattr(command, "run", lambda jobs, settings, *rest: seen.append(settings))
     from typer.testing import CliRunner
 
     from tsdsr.cli import app
