@@ -179,7 +179,9 @@ def test_killed_at_any_moment_and_resumed(start, folder, undisturbed, files, tmp
     run = start(*arguments)
     assert run.wait() == 0, run.output()
     assert_same(out, expected, files)
-    assert f"kept {6 - run.output().count(' -> ')} of 6" in run.output()
+    kept = 6 - run.output().count(" -> ")
+    # On a slow machine all kills may have come before the first result.
+    assert f"kept {kept} of 6" in run.output() if kept else "kept" not in run.output()
     done = [record["output"] for record in records(manifest) if record["status"] == "done"]
     again = {str(out / "0.png"), str(out / "deep" / "5.png")}
     assert all(done.count(output) <= 1 + (output in again) for output in done)
