@@ -13,6 +13,7 @@ from .options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    GrainOption,
     ProcessSizeOption,
     SamplePosteriorOption,
     SeedOption,
@@ -59,6 +60,7 @@ def compare(
     crop_size: Annotated[int, typer.Option(min=1, help="Their side, in pixels of IN.")] = 64,
     upscale: UpscaleOption = None,
     color_fix: ColorFixOption = None,
+    grain: GrainOption = None,
     tile_size: TileSizeOption = None,
     tile_overlap: TileOverlapOption = None,
     tile_batch_size: TileBatchSizeOption = None,
@@ -105,6 +107,7 @@ def compare(
                 loading=given(dtype=value(dtype), device=device),
                 calling=given(
                     color_fix=value(color_fix),
+                    grain=grain,
                     tile_size=tile_size,
                     tile_overlap=tile_overlap,
                     tile_batch_size=tile_batch_size,

@@ -19,6 +19,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FidelityOption,
+    GrainOption,
     ProcessSizeOption,
     SamplePosteriorOption,
     TileOverlapOption,
@@ -98,6 +99,7 @@ def evaluate(
     color_fix: Annotated[
         ColorFix | None, typer.Option(help="Which colours to give results; the papers' tables have adain.")
     ] = None,
+    grain: GrainOption = None,
     tile_size: TileSizeOption = None,
     tile_overlap: TileOverlapOption = None,
     process_size: ProcessSizeOption = None,
@@ -151,6 +153,7 @@ def evaluate(
         calling = given(
             fidelity=fidelity,
             color_fix=value(color_fix),
+            grain=grain,
             tile_size=tile_size,
             tile_overlap=tile_overlap,
             process_size=process_size,

@@ -28,6 +28,9 @@ class Dtype(str, Enum):
 
 UpscaleOption = Annotated[float | None, typer.Option("--upscale", "-s", help="Factor, 1 or more; may be a fraction.")]
 ColorFixOption = Annotated[ColorFix | None, typer.Option(help="Which colours to give the result.")]
+GrainOption = Annotated[
+    float | None, typer.Option(min=0, max=255, help="Grain to add, in levels of 255 (default: the model's own).")
+]
 TileSizeOption = Annotated[int | None, typer.Option(help="Side of a tile, in pixels of the result.")]
 TileOverlapOption = Annotated[int | None, typer.Option(help="How far tiles overlap, in pixels of the result.")]
 TileBatchSizeOption = Annotated[int | None, typer.Option(help="Tiles that run at once.")]

@@ -33,6 +33,7 @@ from ..models.one_step_sd3 import OneStepSD3Transformer2DModel
 from ..models.prompt_embeddings import PromptEmbeddings
 from .codec import WINDOW, plan_codec, run_in_strips, sample_windows
 from .color import COLOR_FIXES
+from .grain import add_grain
 from .lora import TSDSRLoraLoaderMixin, keeps_adapters
 from .memory import Tiles, is_out_of_memory, smaller_tiles
 from .placement import TSDSRPlacementMixin
@@ -88,6 +89,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             the published TSD-SR weights want them. Saved in the pipeline's config.
         timestep: the one timestep, 0..1000, by default 1000, or what the transformer is baked for; for a UNet a whole
             number below the length of its schedule, by default 999. Saved in the pipeline's config.
+        grain: added to results unless a call says otherwise, in levels of 255. Saved in the pipeline's config.
         unet: predicts the noise eps; the result is (z - sqrt(1 - abar) eps) / sqrt(abar) at t = 999, with z the
             picture's latents as they are. One that predicts v gives sqrt(abar) z - sqrt(1 - abar) v.
 
@@ -134,6 +136,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         use_shift_factor: bool = False,
         timestep: float | None = None,
         unet: UNet2DConditionModel | None = None,
+        grain: float = 0.0,
     ):
         super().__init__()
         if transformer is not None and unet is not None:
@@ -195,7 +198,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             vae._group_offload_block_modules = ["encoder", "decoder"]
         # What a pipeline was made with is not optional in it; others do without a transformer or without a UNet.
         self._optional_components = [name for name in self._optional_components if getattr(self, name) is None]
-        self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep)
+        self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep, grain=grain)
         self.vae_scale_factor = 8
         if vae is not None:
             channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
@@ -293,6 +296,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         fidelity: float | None,
         process_size: int,
         color_fix: str,
+        grain: float | None,
         tile_size: int,
         tile_overlap: int,
         tile_batch_size: int,
@@ -341,6 +345,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             raise ValueError(f"`process_size` must be a whole number of pixels, 0 for none, not {process_size!r}.")
         if color_fix not in (*COLOR_FIXES, "none"):
             raise ValueError(f"`color_fix` must be one of {', '.join([*COLOR_FIXES, 'none'])}, not {color_fix!r}.")
+        if grain is not None and not (isinstance(grain, Real) and 0 <= grain <= 255):
+            raise ValueError(f"`grain` must be a number from 0 to 255 levels, not {grain!r}.")
         multiple = self.size_multiple
         for name, size in (("tile_size", tile_size), ("vae_tile_size", vae_tile_size)):
             if not isinstance(size, Integral) or size < multiple:
@@ -459,6 +465,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         fidelity: float | None = None,
         process_size: int = 512,
         color_fix: str = "wavelet",
+        grain: float | None = None,
         tile_size: int = 512,
         tile_overlap: int = 64,
         tile_batch_size: int = 1,
@@ -494,6 +501,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             process_size: pictures whose result has a shorter side than this, in pixels, are enlarged further for the
                 networks and reduced afterwards (the published small-picture rule). 0 switches it off.
             color_fix: "wavelet", "adain", "lab" or "none".
+            grain: standard deviation, in levels of 255, of the grain that is added to the result; None for what the
+                pipeline's config says, 0 for none.
             tile_size: side of the network's tiles in pixels of the result (512 are the published 64 latents).
                 Pictures of no more than `tile_size` squared are not tiled.
             tile_overlap: of tiles, in pixels of the result.
@@ -540,6 +549,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             fidelity,
             process_size,
             color_fix,
+            grain,
             tile_size,
             tile_overlap,
             tile_batch_size,
@@ -590,9 +600,9 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         factor = self.vae_scale_factor
         coarsest = self.size_multiple // factor
         # A transformer's tiles begin at whole patches and are no longer than its table of positions.
-        grain, longest = 1, sys.maxsize
+        patch, longest = 1, sys.maxsize
         if self.unet is None:
-            grain, longest = coarsest, denoiser.config.pos_embed_max_size * coarsest
+            patch, longest = coarsest, denoiser.config.pos_embed_max_size * coarsest
         scaling = vae.config.scaling_factor
         shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.config.use_shift_factor else 0.0
 
@@ -651,10 +661,10 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             # 6. Plan, in latent pixels; the working picture is padded to whole patches
             rows, columns = (-(-side // self.size_multiple) * coarsest for side in working)
             latent_tile = min(tiles.tile_size // self.size_multiple * coarsest, longest)
-            latent_overlap = min(tiles.tile_overlap // factor, latent_tile - grain) // grain * grain
+            latent_overlap = min(tiles.tile_overlap // factor, latent_tile - patch) // patch * patch
             small = rows * columns <= latent_tile**2 and max(rows, columns) <= longest
             step_plan = TilePlan.even(
-                (rows, columns), max(rows, columns) if small else latent_tile, latent_overlap, grain
+                (rows, columns), max(rows, columns) if small else latent_tile, latent_overlap, patch
             )
             codec = plan_codec(
                 vae,
@@ -742,13 +752,13 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             )
             decoded = decoded[:, :, : working[0], : working[1]].float()
 
-            # 11. Size and colour, once for the whole picture
+            # 11. Size, colour and grain, once for the whole picture
             picture = decoded.clamp(-1, 1) / 2 + 0.5
             if working != target:
                 picture = reduce_bicubic(picture, target)
             if color_fix != "none":
                 picture = COLOR_FIXES[color_fix](picture, lq)
-            return picture
+            return add_grain(picture, self.config.grain if grain is None else grain)
 
         # 5. Each picture, again where memory ran out or a strip overflowed
         results: list[Tensor] = []

@@ -19,6 +19,7 @@ MODULES = (
     "pipelines/strips.py",
     "pipelines/tiling.py",
     "pipelines/color.py",
+    "pipelines/grain.py",
     "pipelines/memory.py",
     "pipelines/precision.py",
     "pipelines/codec.py",

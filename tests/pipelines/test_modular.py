@@ -25,7 +25,7 @@ def over(pipeline, blocks=None):
     """A modular pipeline over the components of a pipeline."""
     modular = (blocks or TSDSRBlocks()).init_pipeline()
     modular.update_components(
-        **pipeline.components, **{name: pipeline.config[name] for name in ("use_shift_factor", "timestep")}
+        **pipeline.components, **{name: pipeline.config[name] for name in ("use_shift_factor", "timestep", "grain")}
     )
     modular.set_progress_bar_config(disable=True)
     return modular
@@ -51,7 +51,7 @@ def test_the_embedded_model(picture, caplog):
     """From its folder, as it comes: nothing that the model has not is looked for."""
     expected = TSDSRPipeline.from_pretrained(EMBEDDED)(picture(20, 26), **SMALL).images
     modular = TSDSRBlocks().init_pipeline(str(EMBEDDED))
-    assert type(modular) is TSDSRModularPipeline and modular.config.timestep == 1000
+    assert type(modular) is TSDSRModularPipeline and modular.config.timestep == 250
     modular.load_components()
     assert "Failed" not in caplog.text
     assert modular.text_encoder is None and modular.unet is None
@@ -87,7 +87,7 @@ def test_components_and_settings_of_a_pipeline(make_pipeline, picture, network):
 
 
 def test_a_pipeline_folder_and_its_configs(make_pipeline, picture, tmp_path):
-    pipeline = make_pipeline("kl", use_shift_factor=True, timestep=900.0)
+    pipeline = make_pipeline("kl", use_shift_factor=True, timestep=900.0, grain=3.0)
     pipeline.save_pretrained(tmp_path)
     modular = TSDSRBlocks().init_pipeline(str(tmp_path))
     modular.load_components(dtype=torch.float32)

@@ -214,7 +214,7 @@ def test_what_a_base_lacks_is_one_sentence(save_text_base, tmp_path, kind, parts
 
 @pytest.mark.parametrize(
     ("base", "named"),
-    [("embedded", "no text_encoder"), ("./nowhere", "does not exist"), ("nowhere", "neither a folder")],
+    [("embedded", "is baked"), ("./nowhere", "does not exist"), ("nowhere", "neither a folder")],
 )
 def test_names_that_are_no_base_with_text_encoders(base, named):
     with pytest.raises(ValueError, match=named):
