@@ -4,6 +4,7 @@ python -m benchmarks.ablation PHOTOGRAPHS --base BASE --student START --output_d
 python -m benchmarks.ablation PHOTOGRAPHS ... --set_root SETS      # measures the students on RealSR as well
 python -m benchmarks.ablation --tables                             # of what was found
 python -m benchmarks.ablation --curves CURVES.png                  # the losses of all runs (needs matplotlib)
+python -m benchmarks.ablation PHOTOGRAPHS ... --crops CROPS.jpg    # pictures of the runs that are there
 
 Every run continues the student START (a pipeline that was trained with reconstruction alone) with the recipe
 `ablation.yaml` and the flags of its row. Runs that are finished are not run again, and one that was stopped goes on.

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tsdsr.benchmarks.crops import crop_row
+from tsdsr.imaging import Picture, draw_rows, write
+from tsdsr.pipelines.loading import load_pipeline
+from tsdsr.training.data import split_photographs
+
 START = "start"
+CROPS, CROP_SIDE = 6, 192  # photographs shown, and pixels of their middle
 TITLES = {"held_aside": "Photographs held aside", "realsr": "RealSR"}
 # Name in the table, and which way is better.
 METRICS = {"psnr": ("PSNR-Y", 1), "ssim": ("SSIM-Y", 1), "haarpsi": ("HaarPSI", 1), "gmsd": ("GMSD", -1)}
@@ -194,6 +200,21 @@ class Comparison:
         figure.savefig(target, dpi=90)
         plt.close(figure)
 
+    def crops(self, options: argparse.Namespace) -> Picture:
+        """Photographs held aside, a row each, as the models of the first seed that are there enlarge them."""
+        start = self.start(options)
+        folders = {
+            variant: self.folder(variant, options.seeds[0], options) for variant in options.only or self.variants
+        }
+        places = {**({START: start} if start else {}), **{name: at / self.PIPELINE for name, at in folders.items()}}
+        models = {name: load_pipeline(str(at)) for name, at in places.items() if at.is_dir()}
+        held = split_photographs(options.photographs, options.held_aside)[1]
+        chosen = range(0, len(held), max(1, len(held) // CROPS))[:CROPS]
+        return draw_rows(
+            f"Photographs held aside, seed {options.seeds[0]}",
+            [crop_row(held[index], index, models, side=CROP_SIDE) for index in chosen],
+        )
+
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command."""
         parser = argparse.ArgumentParser(
@@ -210,6 +231,7 @@ class Comparison:
         parser.add_argument("--held_aside", type=int, default=50, help="photographs that training held aside")
         parser.add_argument("--limit", type=int, default=0, help="only so many pictures of each set")
         parser.add_argument("--tables", action="store_true", help="only print what was found")
+        parser.add_argument("--crops", type=Path, metavar="JPG", help="only draw pictures of the runs that are there")
         parser.add_argument("--curves", type=Path, metavar="PNG", help="only draw what was found")
         options = parser.parse_args(arguments)
         if options.tables or options.curves:
@@ -221,6 +243,9 @@ class Comparison:
             return
         if not (options.photographs and options.base):
             parser.error("photographs and --base are needed")
+        if options.crops:
+            write(self.crops(options), options.crops)
+            return
         self.run(options)
 
     def add_start(self, parser: argparse.ArgumentParser) -> None:

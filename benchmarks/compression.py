@@ -4,6 +4,7 @@ python -m benchmarks.compression PHOTOGRAPHS --base MODEL --output_dir runs/comp
 python -m benchmarks.compression PHOTOGRAPHS ... --set_root SETS      # measures the models on RealSR as well
 python -m benchmarks.compression --tables                             # of what was found
 python -m benchmarks.compression --curves CURVES.png                  # quality against time (needs matplotlib)
+python -m benchmarks.compression PHOTOGRAPHS ... --crops CROPS.jpg    # pictures of the runs that are there
 
 Every run takes half of MODEL's blocks away and restores what is left, with the recipe `compression.yaml` and the flags
 of its row. Times are those of whole calls, 128x128 to 512x512, over MODEL's in the same process, call by call in turn.

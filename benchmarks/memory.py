@@ -39,9 +39,9 @@ from diffusers.utils import logging as diffusers_logging
 from tsdsr.checkpoints.bake import bake_model
 from tsdsr.imaging import read
 from tsdsr.models.prompt_embeddings import PromptEmbeddings
-from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
 
+from . import EMBEDDED
 from .shared_base import DTYPES, SD3_MEDIUM, Memory, random_base
 from .sizes import SAMPLE, mirrored
 
@@ -296,6 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(measure(args.mode, model, files, args)))
         return
 
+    if args.model and not (model / "model_index.json").is_file():
+        parser.error(f"{model} is not a pipeline folder; name one, or, in the repository, embedded.")
     on_gpu = torch.device(args.device).type == "cuda"
     modes = args.modes or [*MODES, *(GPU_MODES if on_gpu else ())]
     modes = [args.reference, *(mode for mode in modes if mode != args.reference)]

@@ -4,6 +4,7 @@ python -m benchmarks.methods PHOTOGRAPHS --base BASE --student START --output_di
 python -m benchmarks.methods PHOTOGRAPHS ... --set_root SETS      # measures the students on RealSR as well
 python -m benchmarks.methods --tables                             # of what was found
 python -m benchmarks.methods --curves CURVES.png                  # the losses of all runs (needs matplotlib)
+python -m benchmarks.methods PHOTOGRAPHS ... --crops CROPS.jpg    # pictures of the runs that are there
 
 Every run takes the recipe `methods.yaml` and the flags of its row. All have the recipe's reconstruction terms on
 pictures beside their own; those of TAD-SR (the rows of its table 1) have its regression to the teacher's result as

@@ -41,10 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tsdsr.models.autoencoder_tiny_separable import AutoencoderTinySeparable
 from tsdsr.models.one_step_sd3 import OneStepSD3Transformer2DModel
-from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.pipelines.pipeline_tsdsr import TSDSRPipeline
 
-from . import published
+from . import EMBEDDED, published
 from .memory import MODES as MEMORY_MODES
 from .memory import SD3_VAE, make_weights, photograph, plain, torchao
 from .memory import Mode as Loader
@@ -606,7 +605,7 @@ def main(arguments: list[str] | None = None) -> None:
         name, model, configs = "full", args.folder / "sd3_medium", (SD3_MEDIUM, SD3_VAE)
     else:
         model = EMBEDDED if args.model == "embedded" else Path(args.model)
-        name, configs = model.resolve().name, None
+        name, configs = "embedded" if args.model == "embedded" else model.resolve().name, None
     files = args.folder / "speed"
 
     def setting(size: int, batch: int) -> Setting:
@@ -624,7 +623,7 @@ def main(arguments: list[str] | None = None) -> None:
     if configs and not model.exists():
         make_weights(model, *configs)
     if not (model / "model_index.json").is_file():
-        parser.error(f"{model} is not a pipeline folder; name one, or full or embedded.")
+        parser.error(f"{model} is not a pipeline folder; name one, or full, or, in the repository, embedded.")
     files.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(args)
     results = args.results or (args.folder / "quick_results" if args.quick else RESULTS)

@@ -4,10 +4,15 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tsdsr.benchmarks import comparison
 from tsdsr.benchmarks.ablation import ABLATION
 from tsdsr.benchmarks.methods import METHODS
+from tsdsr.imaging import draw_rows
+from tsdsr.pipelines.loading import EMBEDDED
 from tsdsr.training.config import parse
 
 
@@ -111,3 +116,22 @@ def test_curves(tmp_path):
     pytest.importorskip("matplotlib")
     ABLATION.draw(rows(), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_crops(tmp_path, monkeypatch):
+    """A row a photograph, a column a model: the start and the runs that are there, beside bicubic and the truth."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for index in range(3):
+        Image.effect_noise((64, 64), 40 + index).convert("RGB").save(photographs / f"p{index}_00.png")
+    (tmp_path / "runs" / "vsd-1").mkdir(parents=True)
+    (tmp_path / "runs" / "vsd-1" / "pipeline").symlink_to(EMBEDDED)
+    drawn = []
+    monkeypatch.setattr(comparison, "draw_rows", lambda title, rows: (drawn.extend(rows), draw_rows(title, rows))[1])
+    command = [photographs, "--base", "base", "--student", EMBEDDED, "--output_dir", tmp_path / "runs", "--seeds", 1]
+    ABLATION.main([*map(str, command), "--held_aside", "2", "--crops", str(tmp_path / "crops.png")])
+    assert [[cell.label for cell in row] for row in drawn] == [["bicubic", "start", "VSD", "photograph"]] * 2
+    for row in drawn:
+        bicubic, start, vsd, photograph = (cell.rgb for cell in row)
+        assert np.array_equal(start, vsd) and not np.array_equal(start, bicubic) and photograph.shape == (64, 64, 3)
+    assert Image.open(tmp_path / "crops.png").width > 4 * 64
