@@ -94,7 +94,7 @@ def place(tmp_path, save_single_file, clip_config, clip_tokenizer):
     (tmp_path / "dataset" / "default").mkdir(parents=True)
     for name, tensor in zip(("prompt_embeds", "pool_embeds"), prompt, strict=True):
         torch.save(tensor, tmp_path / "dataset" / "default" / f"{name}.pt")
-    for name in ("embedded", "docs"):
+    for name in ("embedded", "docs", "training"):
         os.symlink(ROOT / name, tmp_path / name)
     photo = Image.open(ROOT / "docs" / "images" / "flower.jpg").crop((0, 0, 48, 40))
     (tmp_path / "holiday").mkdir()

@@ -32,6 +32,7 @@ class OneStepModel:
         prompt: the fixed one.
         shift: taken off latents before they are scaled; 0 where the pipeline does not use it.
         use_shift_factor: whether it does.
+        grain: that it adds to its results.
         licence: fields of a model card.
     """
 
@@ -43,6 +44,7 @@ class OneStepModel:
     prompt: PromptEmbeddings
     shift: float
     use_shift_factor: bool
+    grain: float
     licence: dict[str, str]
     dtype: torch.dtype = torch.float32  # of the transformer's frozen weights
 
@@ -93,6 +95,7 @@ class OneStepModel:
             pipeline.prompt_embeddings,
             shift,
             bool(pipeline.config.use_shift_factor),
+            pipeline.config.grain,
             licence_of(folder, dict(pipeline.transformer.config)),
         )
 

@@ -259,7 +259,7 @@ def test_the_embedded_model():
     if not (EMBEDDED / "model_index.json").is_file():
         pytest.skip("this checkout has no embedded model")
     facts = describe("embedded")
-    says(facts, family="embedded small model", kind="TSD-SR pipeline folder")
+    says(facts, family="embedded small model, baked", kind="TSD-SR pipeline folder")
     assert facts["parameters"]["transformer"] > 0
 
 

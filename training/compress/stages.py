@@ -448,12 +448,13 @@ def refine(run: Run) -> Write:
 
 
 def pipeline_of(teacher: OneStepModel, vae: Any, transformer: Any) -> TSDSRPipeline:
-    """A pipeline with the teacher's schedule."""
+    """A pipeline with the teacher's schedule and grain."""
     pipeline = TSDSRPipeline(
         vae=vae,
         transformer=transformer,
         scheduler=teacher.family.scheduler,
         use_shift_factor=teacher.use_shift_factor,
+        grain=teacher.grain,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,4 +1,4 @@
-"""Training and validation photographs: random crops, turned and mirrored, degraded on the fly."""
+"""Photographs as files: which belong together, and what they hold."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -6,10 +6,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ...imaging import find_images, read
-from ..degradation import DegradationConfig, degrade
 
 
 def photograph_of(path: Path) -> str:
@@ -44,51 +42,3 @@ def load_uint8(source: Path | BinaryIO) -> Tensor:
         UnreadableImageError: if it is no whole picture.
     """
     return torch.from_numpy(np.round(read(source).rgb * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
-
-
-class DegradedBatches(Dataset):
-    """Item `i` is the whole batch of step `i`: {"lq": (B, 3, s/4, s/4), "hq": (B, 3, s, s)}, float32 in 0..1.
-
-    The content of a batch depends on (seed, i) alone, so a resumed run sees what an unbroken one would have seen.
-
-    Args:
-        images: decoded photographs, (3, H, W) uint8.
-        sizes: crop side s in pixels -> (probability, batch size).
-        steps: number of batches.
-        seed: of all draws.
-        mild_probability: share of the batches that `DegradationConfig.mild` damages, instead of the published ranges.
-    """
-
-    def __init__(
-        self,
-        images: list[Tensor],
-        sizes: dict[int, tuple[float, int]],
-        steps: int,
-        seed: int,
-        mild_probability: float = 0.0,
-    ):
-        self.images, self.sizes, self.steps, self.seed = images, sizes, steps, seed
-        self.mild_probability = mild_probability
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        probabilities = torch.tensor([p for p, _ in self.sizes.values()])
-        size, (_, batch) = list(self.sizes.items())[int(torch.multinomial(probabilities, 1, generator=generator))]
-
-        def draw(high: int) -> int:
-            return int(torch.randint(high, (), generator=generator))
-
-        crops = []
-        for _ in range(batch):
-            image = self.images[draw(len(self.images))]
-            top, left = draw(image.shape[1] - size + 1), draw(image.shape[2] - size + 1)
-            crop = image[:, top : top + size, left : left + size]
-            if draw(2):
-                crop = crop.flip(2)
-            crops.append(torch.rot90(crop, draw(4), (1, 2)))
-        hq = torch.stack(crops).float() / 255
-        mild = float(torch.rand((), generator=generator)) < self.mild_probability
-        return {"lq": degrade(hq, generator, DegradationConfig.mild() if mild else DegradationConfig()), "hq": hq}

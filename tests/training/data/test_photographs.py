@@ -1,11 +1,11 @@
-"""Photographs: split by photograph, batches that depend on seed and step alone."""
+"""Photographs: split by photograph, never by crop."""
 
 import numpy as np
 import pytest
 import torch
 
 from tsdsr.imaging import Picture, write
-from tsdsr.training.data import DegradedBatches, load_uint8, photograph_of, split_photographs
+from tsdsr.training.data import load_uint8, photograph_of, split_photographs
 
 
 @pytest.fixture
@@ -30,12 +30,6 @@ def test_too_few_photographs(folder):
         split_photographs(folder, 6)
 
 
-def test_batches(folder):
-    images = [load_uint8(path) for path in sorted(folder.iterdir())]
-    assert images[0].shape == (3, 40, 48) and images[0].dtype == torch.uint8
-    batches = DegradedBatches(images, {16: (0.5, 3), 32: (0.5, 2)}, steps=20, seed=1)
-    seen = {(batch["hq"].shape, batch["lq"].shape) for batch in (batches[i] for i in range(len(batches)))}
-    assert seen == {((3, 3, 16, 16), (3, 3, 4, 4)), ((2, 3, 32, 32), (2, 3, 8, 8))}
-    again = DegradedBatches(images, {16: (0.5, 3), 32: (0.5, 2)}, steps=20, seed=1)
-    assert torch.equal(batches[7]["lq"], again[7]["lq"]) and torch.equal(batches[7]["hq"], again[7]["hq"])
-    assert not torch.equal(batches[7]["lq"][:1, :, :4, :4], batches[8]["lq"][:1, :, :4, :4])
+def test_pixels_as_they_are_in_the_file(folder):
+    image = load_uint8(sorted(folder.iterdir())[0])
+    assert image.shape == (3, 40, 48) and image.dtype == torch.uint8
