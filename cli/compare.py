@@ -11,6 +11,7 @@ from .errors import one_sentence
 from .options import (
     ColorFixOption,
     DebugOption,
+    DegridOption,
     DeviceOption,
     DtypeOption,
     GrainOption,
@@ -60,6 +61,7 @@ def compare(
     crop_size: Annotated[int, typer.Option(min=1, help="Their side, in pixels of IN.")] = 64,
     upscale: UpscaleOption = None,
     color_fix: ColorFixOption = None,
+    degrid: DegridOption = None,
     grain: GrainOption = None,
     tile_size: TileSizeOption = None,
     tile_overlap: TileOverlapOption = None,
@@ -107,6 +109,7 @@ def compare(
                 loading=given(dtype=value(dtype), device=device),
                 calling=given(
                     color_fix=value(color_fix),
+                    degrid=degrid,
                     grain=grain,
                     tile_size=tile_size,
                     tile_overlap=tile_overlap,

@@ -16,6 +16,7 @@ from .errors import one_sentence
 from .options import (
     ColorFix,
     DebugOption,
+    DegridOption,
     DeviceOption,
     DtypeOption,
     FidelityOption,
@@ -99,6 +100,7 @@ def evaluate(
     color_fix: Annotated[
         ColorFix | None, typer.Option(help="Which colours to give results; the papers' tables have adain.")
     ] = None,
+    degrid: DegridOption = None,
     grain: GrainOption = None,
     tile_size: TileSizeOption = None,
     tile_overlap: TileOverlapOption = None,
@@ -153,6 +155,7 @@ def evaluate(
         calling = given(
             fidelity=fidelity,
             color_fix=value(color_fix),
+            degrid=degrid,
             grain=grain,
             tile_size=tile_size,
             tile_overlap=tile_overlap,

@@ -295,7 +295,7 @@ class _Work:
         self.display.begin("starting")
         defaults = pipeline_defaults()
         names = (
-            *("upscale", "fidelity", "process_size", "color_fix", "grain", "tile_size", "tile_overlap"),
+            *("upscale", "fidelity", "process_size", "color_fix", "degrid", "grain", "tile_size", "tile_overlap"),
             *("tile_batch_size", "vae_tile_size", "sample_posterior"),
         )
         loading = {name: value for name, value in self.settings.loading.items() if name != "device"}

@@ -28,6 +28,14 @@ class Dtype(str, Enum):
 
 UpscaleOption = Annotated[float | None, typer.Option("--upscale", "-s", help="Factor, 1 or more; may be a fraction.")]
 ColorFixOption = Annotated[ColorFix | None, typer.Option(help="Which colours to give the result.")]
+DegridOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=255,
+        help="Most to take off a grid of patches, in levels of 255 (default: the model's own).",
+    ),
+]
 GrainOption = Annotated[
     float | None, typer.Option(min=0, max=255, help="Grain to add, in levels of 255 (default: the model's own).")
 ]

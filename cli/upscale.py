@@ -20,6 +20,7 @@ from .manifest import Manifest
 from .options import (
     ColorFixOption,
     DebugOption,
+    DegridOption,
     DeviceOption,
     DtypeOption,
     FidelityOption,
@@ -93,6 +94,7 @@ def upscale(
     fidelity: FidelityOption = None,
     upscale: UpscaleOption = None,
     color_fix: ColorFixOption = None,
+    degrid: DegridOption = None,
     grain: GrainOption = None,
     tile_size: TileSizeOption = None,
     tile_overlap: TileOverlapOption = None,
@@ -133,6 +135,7 @@ def upscale(
             upscale=upscale,
             fidelity=fidelity,
             color_fix=value(color_fix),
+            degrid=degrid,
             grain=grain,
             tile_size=tile_size,
             tile_overlap=tile_overlap,

@@ -32,7 +32,7 @@ def _documented(function: Callable) -> dict[str, tuple[inspect.Parameter, str]]:
 
 
 _MADE_OF, _CALLED_WITH = _documented(TSDSRPipeline), _documented(TSDSRPipeline.__call__)
-_CONFIGS = ["use_shift_factor", "timestep", "grain"]
+_CONFIGS = ["use_shift_factor", "timestep", "grain", "degrid"]
 _ENCODERS = [name for name in _MADE_OF if name.startswith(("text_encoder", "tokenizer"))]
 _NETWORKS = [name for name in _MADE_OF if name not in (*_CONFIGS, *_ENCODERS)]
 _EMBEDS = ["prompt_embeds", "pooled_prompt_embeds"]

@@ -33,6 +33,7 @@ from ..models.one_step_sd3 import OneStepSD3Transformer2DModel
 from ..models.prompt_embeddings import PromptEmbeddings
 from .codec import WINDOW, plan_codec, run_in_strips, sample_windows
 from .color import COLOR_FIXES
+from .degrid import remove_grid
 from .grain import add_grain
 from .lora import TSDSRLoraLoaderMixin, keeps_adapters
 from .memory import Tiles, is_out_of_memory, smaller_tiles
@@ -90,6 +91,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         timestep: the one timestep, 0..1000, by default 1000, or what the transformer is baked for; for a UNet a whole
             number below the length of its schedule, by default 999. Saved in the pipeline's config.
         grain: added to results unless a call says otherwise, in levels of 255. Saved in the pipeline's config.
+        degrid: taken off results unless a call says otherwise, in levels of 255: patterns of patches. Saved in the
+            pipeline's config.
         unet: predicts the noise eps; the result is (z - sqrt(1 - abar) eps) / sqrt(abar) at t = 999, with z the
             picture's latents as they are. One that predicts v gives sqrt(abar) z - sqrt(1 - abar) v.
 
@@ -137,6 +140,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         timestep: float | None = None,
         unet: UNet2DConditionModel | None = None,
         grain: float = 0.0,
+        degrid: float = 0.0,
     ):
         super().__init__()
         if transformer is not None and unet is not None:
@@ -198,7 +202,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             vae._group_offload_block_modules = ["encoder", "decoder"]
         # What a pipeline was made with is not optional in it; others do without a transformer or without a UNet.
         self._optional_components = [name for name in self._optional_components if getattr(self, name) is None]
-        self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep, grain=grain)
+        self.register_to_config(use_shift_factor=use_shift_factor, timestep=timestep, grain=grain, degrid=degrid)
         self.vae_scale_factor = 8
         if vae is not None:
             channels = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
@@ -296,6 +300,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         fidelity: float | None,
         process_size: int,
         color_fix: str,
+        degrid: float | None,
         grain: float | None,
         tile_size: int,
         tile_overlap: int,
@@ -345,8 +350,9 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             raise ValueError(f"`process_size` must be a whole number of pixels, 0 for none, not {process_size!r}.")
         if color_fix not in (*COLOR_FIXES, "none"):
             raise ValueError(f"`color_fix` must be one of {', '.join([*COLOR_FIXES, 'none'])}, not {color_fix!r}.")
-        if grain is not None and not (isinstance(grain, Real) and 0 <= grain <= 255):
-            raise ValueError(f"`grain` must be a number from 0 to 255 levels, not {grain!r}.")
+        for name, levels in (("degrid", degrid), ("grain", grain)):
+            if levels is not None and not (isinstance(levels, Real) and 0 <= levels <= 255):
+                raise ValueError(f"`{name}` must be a number from 0 to 255 levels, not {levels!r}.")
         multiple = self.size_multiple
         for name, size in (("tile_size", tile_size), ("vae_tile_size", vae_tile_size)):
             if not isinstance(size, Integral) or size < multiple:
@@ -465,6 +471,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
         fidelity: float | None = None,
         process_size: int = 512,
         color_fix: str = "wavelet",
+        degrid: float | None = None,
         grain: float | None = None,
         tile_size: int = 512,
         tile_overlap: int = 64,
@@ -501,6 +508,8 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             process_size: pictures whose result has a shorter side than this, in pixels, are enlarged further for the
                 networks and reduced afterwards (the published small-picture rule). 0 switches it off.
             color_fix: "wavelet", "adain", "lab" or "none".
+            degrid: the most that is taken off a pattern which repeats every 16 pixels (the grid that patches of the
+                network leave on flat parts), in levels of 255; None for what the pipeline's config says, 0 for none.
             grain: standard deviation, in levels of 255, of the grain that is added to the result; None for what the
                 pipeline's config says, 0 for none.
             tile_size: side of the network's tiles in pixels of the result (512 are the published 64 latents).
@@ -549,6 +558,7 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             fidelity,
             process_size,
             color_fix,
+            degrid,
             grain,
             tile_size,
             tile_overlap,
@@ -752,8 +762,9 @@ class TSDSRPipeline(TSDSRSavingMixin, TSDSRLoraLoaderMixin, TSDSRPlacementMixin,
             )
             decoded = decoded[:, :, : working[0], : working[1]].float()
 
-            # 11. Size, colour and grain, once for the whole picture
+            # 11. The patches' grid, size, colour and grain, once for the whole picture
             picture = decoded.clamp(-1, 1) / 2 + 0.5
+            picture = remove_grid(picture, self.config.degrid if degrid is None else degrid)
             if working != target:
                 picture = reduce_bicubic(picture, target)
             if color_fix != "none":

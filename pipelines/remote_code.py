@@ -19,6 +19,7 @@ MODULES = (
     "pipelines/strips.py",
     "pipelines/tiling.py",
     "pipelines/color.py",
+    "pipelines/degrid.py",
     "pipelines/grain.py",
     "pipelines/memory.py",
     "pipelines/precision.py",

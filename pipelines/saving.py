@@ -50,7 +50,7 @@ class TSDSRSavingMixin:
             pretrained_model_link_or_path: `sd3_medium.safetensors` or its like, or a link to one on the Hub.
             kwargs: `dtype`, one or a dictionary by component; components that replace the file's (`vae`,
                 `prompt_embeddings`, `tokenizer`, ...); `config`, a local diffusers folder with tokenizers;
-                `use_shift_factor`, `timestep`, `grain`; for a link `cache_dir`, `revision`, `token`,
+                `use_shift_factor`, `timestep`, `grain`, `degrid`; for a link `cache_dir`, `revision`, `token`,
                 `local_files_only`.
 
         Raises:

@@ -65,7 +65,7 @@ def from_single_file(
         cache_dir, revision, token, local_files_only, force_download, proxies: of the download, as in diffusers.
         components: a component of the pipeline (`vae`, `transformer`, `scheduler`, `prompt_embeddings`,
             `text_encoder`, `tokenizer`, ...) in place of the file's, None for none; and settings (`use_shift_factor`,
-            `timestep`, `grain`).
+            `timestep`, `grain`, `degrid`).
 
     Raises:
         CheckpointError: a ValueError; if the file is no whole SD3, or lacks a network that was not passed.

@@ -20,7 +20,11 @@ from .pipeline_tsdsr import TSDSRPipeline
 Prompt = tuple[Tensor, Tensor | None]
 TextEncoder = Callable[[list[str]], Prompt]
 
-_PARTS = [name for name in signature(TSDSRPipeline).parameters if name not in ("use_shift_factor", "timestep", "grain")]
+_PARTS = [
+    name
+    for name in signature(TSDSRPipeline).parameters
+    if name not in ("use_shift_factor", "timestep", "grain", "degrid")
+]
 # T5 is 19 GB in float32, and overflows in float16.
 _DTYPES = {"text_encoder_3": torch.bfloat16, "default": torch.float32}
 

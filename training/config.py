@@ -40,6 +40,7 @@ COUNTS = (
 )
 NOT_NEGATIVE = (
     "grain",
+    "degrid",
     "discriminator_shift",
     "latent_discriminator_width",
     "mild_degradation",
@@ -164,6 +165,9 @@ class DistillConfig:
     timestep: float | None = setting(None, "the student's one timestep; 1000 for SD3, 999 for SD2")
     use_shift_factor: bool = setting(False, "latents are (z - shift_factor) * scaling_factor; TSD-SR leaves it out")
     grain: float = setting(0.0, "that the exported pipeline adds to its results, in levels of 255 (output merged)")
+    degrid: float = setting(
+        0.0, "most that it takes off a grid of the network's patches, in levels of 255 (output merged)"
+    )
     teacher_steps: int = setting(15, "in which the teacher restores LQ pictures, where a term asks for that")
     teacher_sampler: str = setting("euler", "its sampler: euler (DDIM), or heun, which calls the network twice a step")
     teacher_strength: float | None = setting(

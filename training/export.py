@@ -29,7 +29,9 @@ from .networks import STUDENT, Networks, SharedBase
 LORA_DIR, PIPELINE_DIR = "lora", "pipeline"
 
 
-def pipeline_of(base: Base, networks: Networks, denoiser: Any, vae: Any, grain: float = 0.0) -> TSDSRPipeline:
+def pipeline_of(
+    base: Base, networks: Networks, denoiser: Any, vae: Any, grain: float = 0.0, degrid: float = 0.0
+) -> TSDSRPipeline:
     """The pipeline over these networks, as they are; or over a copy that reads the LQ picture once."""
     if base.family.conditioned:
         if denoiser is networks.network:  # with adapters on it
@@ -44,6 +46,7 @@ def pipeline_of(base: Base, networks: Networks, denoiser: Any, vae: Any, grain: 
         use_shift_factor=bool(networks.shift),
         timestep=base.family.timestep,
         grain=grain,
+        degrid=degrid,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -129,7 +132,7 @@ def export(
         with whole_folder(output_dir / PIPELINE_DIR) as folder:
             prompt = copy.deepcopy(base.prompt).to("cpu", dtype)
             plain = Base(base.family, merged(networks.denoiser, dtype), merged(networks.codec, dtype), prompt, None)
-            pipeline_of(plain, networks, plain.denoiser, plain.vae, config.grain).save_pretrained(folder)
+            pipeline_of(plain, networks, plain.denoiser, plain.vae, config.grain, config.degrid).save_pretrained(folder)
             _write_card(folder, title, "merged", config, base, base_name, metrics, facts)
 
 

@@ -32,7 +32,7 @@ class OneStepModel:
         prompt: the fixed one.
         shift: taken off latents before they are scaled; 0 where the pipeline does not use it.
         use_shift_factor: whether it does.
-        grain: that it adds to its results.
+        grain, degrid: what it adds to its results, and takes off them.
         licence: fields of a model card.
     """
 
@@ -45,6 +45,7 @@ class OneStepModel:
     shift: float
     use_shift_factor: bool
     grain: float
+    degrid: float
     licence: dict[str, str]
     dtype: torch.dtype = torch.float32  # of the transformer's frozen weights
 
@@ -96,6 +97,7 @@ class OneStepModel:
             shift,
             bool(pipeline.config.use_shift_factor),
             pipeline.config.grain,
+            pipeline.config.degrid,
             licence_of(folder, dict(pipeline.transformer.config)),
         )
 

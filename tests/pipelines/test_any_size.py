@@ -61,7 +61,7 @@ def photo():
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain", "lab", "none"])
 def test_rows_that_are_handed_over_are_those_of_the_whole(make_pipeline, photo, kind, color_fix):
     pipeline, image = make_pipeline(kind), photo(45, 30)
-    arguments = {"color_fix": color_fix, "grain": 20, **SMALL}
+    arguments = {"color_fix": color_fix, "degrid": 3, "grain": 20, **SMALL}
     whole = pipeline(image, output_type="np", **arguments).images[0]
     lazy = Lazy(image)
     rows, parts = collect(pipeline, lazy, vae_tile_size=16, **arguments)

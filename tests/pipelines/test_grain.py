@@ -65,7 +65,8 @@ def test_grain_does_not_depend_on_tiles_or_neighbours(make_pipeline, picture):
         torch.testing.assert_close(result[None], add_grain(plain, 30.0), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("grain", [-1, 256, "much", float("nan")])
-def test_what_is_no_deviation_is_said(make_pipeline, grain):
-    with pytest.raises(ValueError, match="`grain` must be a number from 0 to 255 levels, not"):
-        make_pipeline("tiny")(np.zeros((16, 16, 3), np.uint8), grain=grain)
+@pytest.mark.parametrize("name", ["grain", "degrid"])
+@pytest.mark.parametrize("levels", [-1, 256, "much", float("nan")])
+def test_what_is_no_number_of_levels_is_said(make_pipeline, name, levels):
+    with pytest.raises(ValueError, match=f"`{name}` must be a number from 0 to 255 levels, not"):
+        make_pipeline("tiny")(np.zeros((16, 16, 3), np.uint8), **{name: levels})

@@ -25,7 +25,8 @@ def over(pipeline, blocks=None):
     """A modular pipeline over the components of a pipeline."""
     modular = (blocks or TSDSRBlocks()).init_pipeline()
     modular.update_components(
-        **pipeline.components, **{name: pipeline.config[name] for name in ("use_shift_factor", "timestep", "grain")}
+        **pipeline.components,
+        **{name: pipeline.config[name] for name in ("use_shift_factor", "timestep", "grain", "degrid")},
     )
     modular.set_progress_bar_config(disable=True)
     return modular
@@ -87,7 +88,7 @@ def test_components_and_settings_of_a_pipeline(make_pipeline, picture, network):
 
 
 def test_a_pipeline_folder_and_its_configs(make_pipeline, picture, tmp_path):
-    pipeline = make_pipeline("kl", use_shift_factor=True, timestep=900.0, grain=3.0)
+    pipeline = make_pipeline("kl", use_shift_factor=True, timestep=900.0, grain=3.0, degrid=2.0)
     pipeline.save_pretrained(tmp_path)
     modular = TSDSRBlocks().init_pipeline(str(tmp_path))
     modular.load_components(dtype=torch.float32)

@@ -448,13 +448,14 @@ def refine(run: Run) -> Write:
 
 
 def pipeline_of(teacher: OneStepModel, vae: Any, transformer: Any) -> TSDSRPipeline:
-    """A pipeline with the teacher's schedule and grain."""
+    """A pipeline with the teacher's schedule, grain and degrid."""
     pipeline = TSDSRPipeline(
         vae=vae,
         transformer=transformer,
         scheduler=teacher.family.scheduler,
         use_shift_factor=teacher.use_shift_factor,
         grain=teacher.grain,
+        degrid=teacher.degrid,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
