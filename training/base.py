@@ -76,7 +76,7 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
 
     Raises:
         ConfigError: if it cannot be found, is of another kind, has no prompt and none is given, or if resolution,
-            timestep or prompts do not fit it.
+            timestep or prompts do not fit it, or the initial student.
     """
     where = {"revision": config.revision}
     try:
@@ -97,16 +97,17 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
             raise ConfigError(f"scheduler of {name} cannot be loaded ({reason(error)}).") from error
 
     classes = {folder: entry[1] for folder, entry in index.items() if isinstance(entry, list | tuple)}
+    timestep = _given(timestep=_timestep(config))
     family: Family
     if classes.get("transformer") == "SD3Transformer2DModel":
         denoiser = part(SD3Transformer2DModel, "transformer")
         schedule = schedule_of(FlowMatchEulerDiscreteScheduler)
-        family = RectifiedFlow(schedule, **_given(timestep=config.timestep))
+        family = RectifiedFlow(schedule, **timestep)
     elif classes.get("unet") == "UNet2DConditionModel":
         denoiser = part(UNet2DConditionModel, "unet")
         residual = classes.get("scheduler") == ResidualShift.__name__
         kind = ResidualShifting if residual else Ddpm
-        family = kind(schedule_of(ResidualShift if residual else DDPMScheduler), **_given(timestep=config.timestep))
+        family = kind(schedule_of(ResidualShift if residual else DDPMScheduler), **timestep)
     else:
         raise ConfigError(
             f"{name} holds neither an SD3 transformer nor an SD2 UNet (its model_index.json names "
@@ -150,6 +151,29 @@ def load_base(config: DistillConfig, name: str, null_prompt: Prompt | None = Non
         if prompt is not None:
             _check_prompt(what, prompt, name, denoiser)
     return Base(family, denoiser, vae, PromptEmbeddings.from_tensors(*fixed), null_prompt)
+
+
+def _timestep(config: DistillConfig) -> float | None:
+    """The student's timestep where one is known: as set, and that of the pipeline that it begins as."""
+    if not config.initial_student:
+        return config.timestep
+    try:
+        earlier = DiffusionPipeline.load_config(config.initial_student)
+    except (OSError, ValueError):
+        return config.timestep  # `load_student` says what is wrong with it
+    known = earlier.get("timestep")
+    if known is not None and config.timestep not in (None, known):
+        raise ConfigError(
+            f"timestep is {known:g} in the initial_student {config.initial_student}, not {config.timestep:g}: leave it "
+            "out, or begin as the base."
+        )
+    shifted = earlier.get("use_shift_factor", config.use_shift_factor)
+    if shifted != config.use_shift_factor:
+        raise ConfigError(
+            f"use_shift_factor is {shifted} in the initial_student {config.initial_student}, not "
+            f"{config.use_shift_factor}: a student goes on as it began."
+        )
+    return config.timestep if known is None else known
 
 
 def _check_fit(config: DistillConfig, name: str, family: Family, denoiser: Any, vae: Any) -> None:

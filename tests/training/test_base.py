@@ -241,6 +241,21 @@ def test_a_student_that_begins_as_an_earlier_one(config, tmp_path, load, earlier
     assert {name.split(".")[0] for name in networks.codec.named_parameters(STUDENT)} == wanted
 
 
+def test_a_student_goes_on_at_the_timestep_it_began_with(config, tmp_path, base_folder):
+    pipeline = TSDSRPipeline.from_pretrained(base_folder, local_files_only=True)
+    pipeline.register_to_config(timestep=250.0, use_shift_factor=True)
+    pipeline.save_pretrained(tmp_path / "earlier")
+    given = {"train_type": "full", "vae_encoder": "full", "initial_student": tmp_path / "earlier"}
+    for timestep in (None, 250):
+        settings = config(tmp_path, use_shift_factor=True, timestep=timestep, **given)
+        assert load_base(settings, str(base_folder)).family.timestep == 250
+    assert load_base(config(tmp_path), str(base_folder)).family.timestep == 1000
+    with pytest.raises(ConfigError, match="timestep is 250 in the initial_student .*, not 1000: leave it out"):
+        load_base(config(tmp_path, use_shift_factor=True, timestep=1000, **given), str(base_folder))
+    with pytest.raises(ConfigError, match="use_shift_factor is True in the initial_student .*, not False: a student"):
+        load_base(config(tmp_path, **given), str(base_folder))
+
+
 def test_earlier_students_that_do_not_fit(config, tmp_path, load, make_pipeline):
     settings = dict(make_pipeline("kl").transformer.config)
     small = SD3Transformer2DModel.from_config({**settings, "num_layers": settings["num_layers"] - 1})
