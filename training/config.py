@@ -162,7 +162,9 @@ class DistillConfig:
     initial_student: str | None = setting(
         None, "pipeline of an earlier run that the student begins as (train_type full)"
     )
-    timestep: float | None = setting(None, "the student's one timestep; its initial_student's, or 1000 for SD3, 999 for SD2")
+    timestep: float | None = setting(
+        None, "the student's one timestep; by default its initial_student's, or 1000 (SD3), 999 (SD2)"
+    )
     use_shift_factor: bool = setting(False, "latents are (z - shift_factor) * scaling_factor; TSD-SR leaves it out")
     grain: float = setting(0.0, "that the exported pipeline adds to its results, in levels of 255 (output merged)")
     degrid: float = setting(

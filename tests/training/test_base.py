@@ -250,9 +250,9 @@ def test_a_student_goes_on_at_the_timestep_it_began_with(config, tmp_path, base_
         settings = config(tmp_path, use_shift_factor=True, timestep=timestep, **given)
         assert load_base(settings, str(base_folder)).family.timestep == 250
     assert load_base(config(tmp_path), str(base_folder)).family.timestep == 1000
-    with pytest.raises(ConfigError, match="timestep is 250 in the initial_student .*, not 1000: leave it out"):
+    with pytest.raises(ConfigError, match=r"timestep is 250 in the initial_student .*, not 1000: leave it out"):
         load_base(config(tmp_path, use_shift_factor=True, timestep=1000, **given), str(base_folder))
-    with pytest.raises(ConfigError, match="use_shift_factor is True in the initial_student .*, not False: a student"):
+    with pytest.raises(ConfigError, match=r"use_shift_factor is True in the initial_student .*, not False: a student"):
         load_base(config(tmp_path, **given), str(base_folder))
 
 
