@@ -15,7 +15,7 @@ run again, and one that was stopped goes on.
 from tsdsr.benchmarks.comparison import Comparison
 
 # Of equal weight, as in `ablation`; pictures are compared, so that latents need not be.
-SCORES = {"tsd": 8, "latent_mse": 0}
+SCORES = {"tsd": 2, "latent_mse": 0}
 METHODS = Comparison(
     "methods",
     __doc__ or "",

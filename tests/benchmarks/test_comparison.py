@@ -56,8 +56,8 @@ def test_a_row_of_the_methods_differs_in_the_method_alone(options):
     pictures = {"pixel_l1": 1.0, "gradient_l1": 0.5, "frequency_l1": 0.05}
     tad = {"teacher_mse": 1.0, "hsd": 1.0}
     wanted = {
-        "VSD (OSEDiff)": {"tsd": 8.0},
-        "TSD-SR": {"tsd": 8.0},
+        "VSD (OSEDiff)": {"tsd": 2.0},
+        "TSD-SR": {"tsd": 2.0},
         "SDS": tad,
         "HSD": tad,
         "HSD + D": {**tad, "latent_adversarial": 0.02},
