@@ -23,7 +23,7 @@ ABLATION = Comparison(
         "TSD without DASM": {"dasm_steps": 1},
         "TSD": {},
     },
-    ("pixel_l1", "gradient_l1", "tsd", "fake_score"),
+    ("pixel_l1", "latent_mse", "tsd", "fake_score"),
 )
 
 if __name__ == "__main__":

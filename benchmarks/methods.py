@@ -7,21 +7,19 @@ python -m benchmarks.methods --curves CURVES.png                  # the losses o
 python -m benchmarks.methods PHOTOGRAPHS ... --crops CROPS.jpg    # pictures of the runs that are there
 
 Every run takes the recipe `methods.yaml` and the flags of its row. All have the recipe's reconstruction terms on
-pictures beside their own; those of TAD-SR (the rows of its table 1) have its regression to the teacher's result as
-well. A BASE that restores LQ pictures takes no START: its students begin as the base. Runs that are finished are not
+pictures beside their own, with the published weights: VSD and TSD-SR the MSE to the photograph's latents, the rows of
+TAD-SR (those of its table 1) the regression to the teacher's result. A BASE that restores LQ pictures takes no START: its students begin as the base. Runs that are finished are not
 run again, and one that was stopped goes on.
 """
 
 from tsdsr.benchmarks.comparison import Comparison
 
-# Of equal weight, as in `ablation`; pictures are compared, so that latents need not be.
-SCORES = {"tsd": 2, "latent_mse": 0}
 METHODS = Comparison(
     "methods",
     __doc__ or "",
     {
-        "VSD (OSEDiff)": {"objective": "vsd", **SCORES},
-        "TSD-SR": {"objective": "tsd", **SCORES},
+        "VSD (OSEDiff)": {"objective": "vsd"},
+        "TSD-SR": {"objective": "tsd"},
         "SDS": {"objective": "tad", "hsd_target": "none", "latent_adversarial": 0},
         "HSD": {"objective": "tad", "latent_adversarial": 0},
         "HSD + D": {"objective": "tad", "time_aware": False},

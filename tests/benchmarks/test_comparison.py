@@ -54,10 +54,10 @@ def test_a_row_of_the_methods_differs_in_the_method_alone(options):
     assert len({config.output_dir for config in configs.values()}) == len(configs)
     assert all(Path(config.output_dir).name.replace("_", "").replace("-", "").isalnum() for config in configs.values())
     pictures = {"pixel_l1": 1.0, "gradient_l1": 0.5, "frequency_l1": 0.05}
-    tad = {"teacher_mse": 1.0, "hsd": 1.0}
+    tad, scores = {"teacher_mse": 1.0, "hsd": 1.0}, {"latent_mse": 1.0, "tsd": 1.0}
     wanted = {
-        "VSD (OSEDiff)": {"tsd": 2.0},
-        "TSD-SR": {"tsd": 2.0},
+        "VSD (OSEDiff)": scores,
+        "TSD-SR": scores,
         "SDS": tad,
         "HSD": tad,
         "HSD + D": {**tad, "latent_adversarial": 0.02},
