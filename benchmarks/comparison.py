@@ -22,6 +22,7 @@ from tsdsr.training.data import split_photographs
 START = "start"
 CROPS, CROP_SIDE = 6, 192  # photographs shown, and pixels of their middle
 TITLES = {"held_aside": "Photographs held aside", "realsr": "RealSR"}
+TITLES |= {"pruned": "Photographs held aside, before what is left is restored"}
 # Name in the table, and which way is better.
 METRICS = {"psnr": ("PSNR-Y", 1), "ssim": ("SSIM-Y", 1), "haarpsi": ("HaarPSI", 1), "gmsd": ("GMSD", -1)}
 METRICS |= {"niqe": ("NIQE", -1), "edge_energy": ("edge energy", 0), "grid_score": ("grid score", -1)}
@@ -131,11 +132,11 @@ class Comparison:
             elif not pipeline.is_dir():
                 subprocess.run(self.training(variant, seed, options), check=True)
             row: Row = {"variant": variant, "seed": seed}
-            for of in ("held_aside", *(["realsr"] if options.set_root else [])):
-                target = folder / f"{of}.json"
+            for name, (model, of) in self.measured(folder, pipeline, options).items():
+                target = folder / f"{name}.json"
                 if not target.is_file():
-                    subprocess.run(measuring(pipeline, of, target, options), check=True)
-                row[of] = means(target)
+                    subprocess.run(measuring(model, of, target, options), check=True)
+                row[name] = means(target)
             row |= self.facts(variant, folder, pipeline, options)
             rows.append(row)
             print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
@@ -144,6 +145,10 @@ class Comparison:
     def start(self, options: argparse.Namespace) -> Path | None:
         """The pipeline that every run begins as, where there is one."""
         return options.student
+
+    def measured(self, folder: Path, pipeline: Path, options: argparse.Namespace) -> dict[str, tuple[Path, str]]:
+        """What of a run is measured, and on what, by the name of the table (`TITLES`)."""
+        return {of: (pipeline, of) for of in ("held_aside", *(["realsr"] if options.set_root else []))}
 
     def facts(self, variant: str, folder: Path, pipeline: Path, options: argparse.Namespace) -> Row:
         """What a row says beside the measures of its pictures."""

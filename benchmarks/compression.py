@@ -70,6 +70,12 @@ class Compressions(Comparison):
     def start(self, options: argparse.Namespace) -> Path | None:
         return options.base
 
+    def measured(self, folder: Path, pipeline: Path, options: argparse.Namespace) -> dict[str, tuple[Path, str]]:
+        """The model that was made, and what was left of the whole before anything was restored."""
+        pruned = folder / "4_pruned"
+        found = super().measured(folder, pipeline, options)
+        return {**found, "pruned": (pruned if pruned.is_dir() else pipeline, "held_aside")}
+
     def facts(self, variant: str, folder: Path, pipeline: Path, options: argparse.Namespace) -> Row:
         """Parameters, multiply-accumulates, time over the whole model's, and which blocks stayed."""
         model = load_pipeline(str(pipeline), device="cpu")

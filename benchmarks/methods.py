@@ -8,8 +8,8 @@ python -m benchmarks.methods PHOTOGRAPHS ... --crops CROPS.jpg    # pictures of 
 
 Every run takes the recipe `methods.yaml` and the flags of its row. All have the recipe's reconstruction terms on
 pictures beside their own, with the published weights: VSD and TSD-SR the MSE to the photograph's latents, the rows of
-TAD-SR (those of its table 1) the regression to the teacher's result. A BASE that restores LQ pictures takes no START: its students begin as the base. Runs that are finished are not
-run again, and one that was stopped goes on.
+TAD-SR (those of its table 1) the regression to the teacher's result. A BASE that restores LQ pictures takes no START:
+its students begin as the base. Runs that are finished are not run again, and one that was stopped goes on.
 """
 
 from tsdsr.benchmarks.comparison import Comparison

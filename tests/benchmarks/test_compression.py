@@ -55,6 +55,19 @@ def test_what_a_row_says(make_pipeline, options, tmp_path, monkeypatch):
     assert start["parameters"] == row["parameters"] and start["parameters"]["transformer"] > 1000
 
 
+def test_what_of_a_row_is_measured(options, tmp_path):
+    options.set_root = None
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert COMPRESSION.measured(tmp_path, whole, options)["pruned"] == (whole, "held_aside")
+    (run / "4_pruned").mkdir(parents=True)
+    assert COMPRESSION.measured(run, run / "model", options) == {
+        "held_aside": (run / "model", "held_aside"),
+        "pruned": (run / "4_pruned", "held_aside"),
+    }
+    options.set_root = tmp_path
+    assert COMPRESSION.measured(run, run / "model", options)["realsr"] == (run / "model", "realsr")
+
+
 def rows():
     sizes = {"parameters": {"total": 4_000_000, "transformer": 3_000_000}}
     sizes |= {"macs": {"total": 20_500_000_000, "transformer": 8_000_000_000}}
