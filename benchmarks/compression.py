@@ -25,6 +25,7 @@ from tsdsr.pipelines.loading import load_pipeline
 from tsdsr.training.compress.counts import counts
 
 ROUNDS = 9
+LAST = 10  # lines of the log whose mean says how well what is left was restored
 UPSCALE = 4
 
 
@@ -77,25 +78,29 @@ class Compressions(Comparison):
         return {**found, "pruned": (pruned if pruned.is_dir() else pipeline, "held_aside")}
 
     def facts(self, variant: str, folder: Path, pipeline: Path, options: argparse.Namespace) -> Row:
-        """Parameters, multiply-accumulates, time over the whole model's, and which blocks stayed."""
+        """Parameters, multiply-accumulates, time over the whole model's, blocks that stayed, and how far off they are."""
         model = load_pipeline(str(pipeline), device="cpu")
         prompt = model.prompt_embeddings.prompt_embeds.shape[1] if variant == START else 0
         found: Row = counts(model.vae, model.transformer, prompt)
         found["time"] = 1.0 if variant == START else relative_time(pipeline, options.base)
         if variant != START:
             found["kept"] = json.loads((folder / "3_search" / "search.json").read_text(encoding="utf-8"))["kept"]
+            lines = (folder / "5_restored" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            found["latent_l1"] = statistics.mean(json.loads(line)["latent_l1"] for line in lines[-LAST:])
         return found
 
     def tables(self, rows: list[Row]) -> list[str]:
         lines = [
-            "| | parameters | transformer's | multiply-accumulates | transformer's | time |",
-            "| --- |" + " --- |" * 5,
+            "| | parameters | transformer's | multiply-accumulates | transformer's | time | latents' L1 to whole |",
+            "| --- |" + " --- |" * 6,
         ]
         for variant, of in self.by_variant(rows).items():
             first = of[0]
             cells = [f"{first['parameters'][part] / 1e6:.4g} M" for part in ("total", "transformer")]
             cells += [f"{first['macs'][part] / 1e9:.4g} G" for part in ("total", "transformer")]
-            lines.append(f"| {variant} | {' | '.join(cells)} | {spread([row['time'] for row in of], 2)} |")
+            cells.append(spread([row["time"] for row in of], 2))
+            cells.append(spread([row["latent_l1"] for row in of], 5) if "latent_l1" in first else "")
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
         return [*super().tables(rows), "Sizes\n\n" + "\n".join(lines) + "\n"]
 
     def draw(self, rows: list[Row], target: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tsdsr.benchmarks.compression import COMPRESSION, relative_time
+from tsdsr.benchmarks.compression import COMPRESSION, LAST, relative_time
 from tsdsr.training.compress.config import parse
 
 
@@ -49,9 +49,14 @@ def test_what_a_row_says(make_pipeline, options, tmp_path, monkeypatch):
     options.base = tmp_path / "whole"
     (tmp_path / "run" / "3_search").mkdir(parents=True)
     (tmp_path / "run" / "3_search" / "search.json").write_text(json.dumps({"kept": [0, 2]}))
+    (tmp_path / "run" / "5_restored").mkdir()
+    losses = [9.0, *[0.5] * (LAST - 1), 1.5]
+    lines = [json.dumps({"step": step, "latent_l1": loss}) for step, loss in enumerate(losses)]
+    (tmp_path / "run" / "5_restored" / "log.jsonl").write_text("\n".join(lines) + "\n")
     start = COMPRESSION.facts("start", tmp_path / "start-0", tmp_path / "whole", options)
     row = COMPRESSION.facts("TinySR", tmp_path / "run", tmp_path / "whole", options)
     assert start["time"] == 1 and "kept" not in start and row["kept"] == [0, 2] and row["time"] == 0.5
+    assert row["latent_l1"] == 0.5 + 1 / LAST and "latent_l1" not in start
     assert start["parameters"] == row["parameters"] and start["parameters"]["transformer"] > 1000
 
 
@@ -72,7 +77,7 @@ def rows():
     sizes = {"parameters": {"total": 4_000_000, "transformer": 3_000_000}}
     sizes |= {"macs": {"total": 20_500_000_000, "transformer": 8_000_000_000}}
     found = [{"variant": "start", "seed": 0, "time": 1.0}]
-    found += [{"variant": "TinySR", "seed": seed, "time": 0.5 + seed / 10} for seed in (0, 1)]
+    found += [{"variant": "TinySR", "seed": seed, "time": 0.5 + seed / 10, "latent_l1": 0.25} for seed in (0, 1)]
     return [{**row, **sizes, "held_aside": {"psnr": 25.0, "haarpsi": 0.5, "niqe": 8.0}} for row in found]
 
 
@@ -82,10 +87,10 @@ def test_the_tables():
     assert sizes.splitlines() == [
         "Sizes",
         "",
-        "| | parameters | transformer's | multiply-accumulates | transformer's | time |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| start | 4 M | 3 M | 20.5 G | 8 G | 1.00 |",
-        "| TinySR | 4 M | 3 M | 20.5 G | 8 G | 0.55 ± 0.07 |",
+        "| | parameters | transformer's | multiply-accumulates | transformer's | time | latents' L1 to whole |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| start | 4 M | 3 M | 20.5 G | 8 G | 1.00 |  |",
+        "| TinySR | 4 M | 3 M | 20.5 G | 8 G | 0.55 ± 0.07 | 0.25000 ± 0.00000 |",
     ]
 
 
