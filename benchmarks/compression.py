@@ -78,7 +78,7 @@ class Compressions(Comparison):
         return {**found, "pruned": (pruned if pruned.is_dir() else pipeline, "held_aside")}
 
     def facts(self, variant: str, folder: Path, pipeline: Path, options: argparse.Namespace) -> Row:
-        """Parameters, multiply-accumulates, time over the whole model's, blocks that stayed, and how far off they are."""
+        """Parameters, multiply-accumulates, time over the whole's, which blocks stayed, how far off they are."""
         model = load_pipeline(str(pipeline), device="cpu")
         prompt = model.prompt_embeddings.prompt_embeds.shape[1] if variant == START else 0
         found: Row = counts(model.vae, model.transformer, prompt)
