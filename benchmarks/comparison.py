@@ -94,7 +94,7 @@ class Comparison:
 
     @property
     def results(self) -> Path:
-        return Path(__file__).resolve().parent / "results" / f"{self.name}.json"
+        return Path(__file__).resolve().parent / "results" / "comparisons" / f"{self.name}.json"
 
     def folder(self, variant: str, seed: int, options: argparse.Namespace) -> Path:
         """Of one run."""
@@ -140,6 +140,7 @@ class Comparison:
             row |= self.facts(variant, folder, pipeline, options)
             rows.append(row)
             print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
+            options.results.parent.mkdir(parents=True, exist_ok=True)
             options.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     def start(self, options: argparse.Namespace) -> Path | None:
@@ -249,7 +250,7 @@ class Comparison:
         if not (options.photographs and options.base):
             parser.error("photographs and --base are needed")
         if options.crops:
-            write(self.crops(options), options.crops)
+            write(self.crops(options), options.crops, quality=80)
             return
         self.run(options)
 
