@@ -29,7 +29,7 @@ def test_strength_of_a_kept_lora(published, picture):
     pipeline.set_adapters(["tsdsr"], [0.0])
     without = run(pipeline, picture)
     pipeline.unload_lora_weights()
-    torch.testing.assert_close(run(pipeline, picture), without, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(pipeline, picture), without, rtol=0, atol=1e-5)
     assert (whole - without).abs().max() > 1e-3
 
 
@@ -56,7 +56,7 @@ def test_single_files(networks, published, save_single_file, picture, tmp_path):
         for parts in ((base, base), (whole, whole), (whole, vae))
     ]
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(other, results[0], rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(

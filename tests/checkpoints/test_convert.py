@@ -78,10 +78,10 @@ def test_merged_agrees_with_peft(merged, kept):
     kept_pipe = TSDSRPipeline.from_pretrained(kept, local_files_only=True)
     bare = run(kept_pipe)
     kept_pipe.load_lora_weights(kept, local_files_only=True)
-    torch.testing.assert_close(run(kept_pipe, "latent"), run(merged_pipe, "latent"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(kept_pipe, "latent"), run(merged_pipe, "latent"), rtol=0, atol=3e-5)
     picture = run(merged_pipe)
     assert picture.shape == (1, 3, 28, 20)
-    torch.testing.assert_close(run(kept_pipe), picture, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(kept_pipe), picture, rtol=0, atol=3e-5)
     assert (bare - picture).abs().max() > 0.02
 
 
@@ -93,7 +93,7 @@ def test_load_pipeline_takes_a_kept_lora_along(merged, kept):
     adapted = [name for name, _ in pipe.vae.named_modules() if "lora_A" in name]
     assert adapted
     assert not [name for name in adapted if name.startswith("decoder")]
-    torch.testing.assert_close(run(pipe), run(load_pipeline(merged, device="cpu")), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(pipe), run(load_pipeline(merged, device="cpu")), rtol=0, atol=3e-5)
 
 
 def test_kept_base_is_unmerged(published, kept):

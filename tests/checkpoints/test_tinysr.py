@@ -409,7 +409,7 @@ def test_it_loads_where_others_do(converted, picture, tmp_path):
     assert isinstance(pipeline, TSDSRPipeline) and isinstance(pipeline.vae, AutoencoderTinySeparable)
     torch.testing.assert_close(pipeline(picture(12, 20), **QUICK).images, expected, rtol=0, atol=0)
     strips = pipeline(picture(12, 20), vae_tile_size=16, **QUICK).images
-    torch.testing.assert_close(strips, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(strips, expected, rtol=0, atol=3e-5)
     # The code that travels with the weights is whole by itself.
     pipeline.save_pretrained(tmp_path / "model", include_code=True)
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())

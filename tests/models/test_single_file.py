@@ -37,7 +37,7 @@ def test_original_layout(sd3, save_single_file, tmp_path, prefixes):
         "return_dict": False,
     }
     with torch.no_grad():
-        torch.testing.assert_close(loaded(z, **arguments)[0], transformer(z, **arguments)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded(z, **arguments)[0], transformer(z, **arguments)[0], rtol=0, atol=3e-5)
 
 
 def test_vae_keeps_the_constants_of_sd3(sd3, save_single_file, tmp_path):
@@ -123,7 +123,7 @@ def same_encoder(loaded, original):
     same_weights(loaded, original)
     assert type(loaded) is type(original) and not loaded.training
     for ours, theirs in zip(outputs(loaded), outputs(original), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
 
 
 CALLED = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}

@@ -33,7 +33,7 @@ def test_results_stay(make_pipeline, picture, more):
     pipeline.bake()
     assert isinstance(pipeline.transformer, OneStepSD3Transformer2DModel) and pipeline.prompt_embeddings is None
     for result, right in zip(pipeline(images, **SMALL, **more).images, expected, strict=True):
-        np.testing.assert_allclose(result, right, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(result, right, rtol=0, atol=3e-5)
 
 
 def test_loras_are_added_at_their_strength(make_pipeline, picture):
@@ -47,7 +47,7 @@ def test_loras_are_added_at_their_strength(make_pipeline, picture):
     assert np.abs(expected - bare).max() > 1e-3
     pipeline.bake()
     assert not any(pipeline.get_list_adapters().values())
-    np.testing.assert_allclose(pipeline(image, **SMALL).images, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pipeline(image, **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 def test_a_folder_of_it_loads_like_any_other(baked, picture, tmp_path):
@@ -60,7 +60,7 @@ def test_a_folder_of_it_loads_like_any_other(baked, picture, tmp_path):
         pipeline = load(tmp_path / "model")
         pipeline.set_progress_bar_config(disable=True)
         assert isinstance(pipeline, TSDSRPipeline) and pipeline.is_baked
-        np.testing.assert_allclose(pipeline(picture(20, 8), **SMALL).images, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(pipeline(picture(20, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
     said = describe(tmp_path / "model")
     assert said["family"] == "TSD-SR on SD3, baked" and said["layers"] == 2
     assert said["parameters"]["transformer"] == sum(weight.numel() for weight in baked.transformer.parameters())
@@ -70,7 +70,7 @@ def test_the_timestep_is_baked_too(make_pipeline, picture, tmp_path, one_sentenc
     pipeline = make_pipeline("kl", timestep=400.0)
     expected = pipeline(picture(20, 8), **SMALL).images
     pipeline.bake()
-    np.testing.assert_allclose(pipeline(picture(20, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pipeline(picture(20, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
     parts = {name: part for name, part in pipeline.components.items() if name in ("vae", "transformer", "scheduler")}
     assert TSDSRPipeline(**parts).config.timestep == 400
     with pytest.raises(ValueError) as error:
@@ -121,7 +121,7 @@ def test_offloaded_compiled_and_in_halves(baked, picture, tmp_path):
     baked.enable_group_offload(
         onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
     )
-    np.testing.assert_allclose(baked(image, **SMALL).images, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(baked(image, **SMALL).images, expected, rtol=0, atol=1e-5)
 
 
 def test_its_code_travels_along(baked, picture, tmp_path):
@@ -147,4 +147,4 @@ np.save("result.npy", pipeline(np.load("picture.npy"), **{SMALL!r}).images)
     environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    np.testing.assert_allclose(np.load(tmp_path / "result.npy"), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "result.npy"), expected, rtol=0, atol=1e-5)

@@ -136,7 +136,7 @@ def test_ways_of_loading(folder, picture, make_pipeline, arguments):
         pipeline = quiet(loader.from_pretrained(folder, **arguments))
         assert type(pipeline) is TSDSRPipeline
         # Weights in a mapped file may be aligned otherwise, and then summed in another order.
-        torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 def test_variants_and_shards(make_pipeline, picture, tmp_path):
@@ -146,7 +146,7 @@ def test_variants_and_shards(make_pipeline, picture, tmp_path):
     names = [path.name for path in (tmp_path / "transformer").iterdir()]
     assert sum(".other-000" in name for name in names) > 1
     loaded = quiet(TSDSRPipeline.from_pretrained(tmp_path, variant="other"))
-    torch.testing.assert_close(loaded(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
     with pytest.raises(ValueError, match="no such modeling files are available"):
         TSDSRPipeline.from_pretrained(tmp_path, variant="fp16")
 

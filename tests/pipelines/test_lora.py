@@ -127,7 +127,7 @@ def test_saved_and_loaded_with_the_settings(make_pipeline, picture, tmp_path, ne
     plain = loaded(picture(8, 8), **SMALL).images
     loaded.load_lora_weights(str(folder))
     result = loaded(picture(8, 8), **SMALL).images
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=3e-5)
     assert (result - plain).abs().max() > 1e-2
     for name in (network, "vae"):
         found = getattr(loaded, name).peft_config["default_0"]
@@ -148,7 +148,7 @@ def test_strength_fusing_and_unloading(make_pipeline, picture, tmp_path, network
     whole = run()
     assert pipeline.get_list_adapters() == {network: ["mine"], "vae": ["mine"]}
     pipeline.set_adapters(["mine"], [0.0])
-    torch.testing.assert_close(run(), plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(), plain, rtol=0, atol=1e-5)
     pipeline.set_adapters(["mine"], [1.0])
 
     pipeline.fuse_lora()
@@ -189,7 +189,7 @@ def test_a_lora_beside_a_unet_pipeline_is_loaded(make_pipeline, picture, tmp_pat
     TSDSRPipeline.save_lora_weights(tmp_path, **arguments)
     loaded = load_pipeline(tmp_path, device="cpu")
     loaded.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(loaded(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -293,13 +293,13 @@ def test_published_files_load_as_they_are(make_pipeline, picture, published):
         pipeline = make_pipeline("kl")
         pipeline.load_lora_weights(source, adapter_name="tsdsr", **arguments)
         assert pipeline.get_list_adapters() == {"transformer": ["tsdsr"], "vae": ["tsdsr"]}
-        torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
 
     one_by_one = make_pipeline("kl")
     for component in ("vae", "transformer"):
         one_by_one.load_lora_weights(str(folder / f"{component}.safetensors"), adapter_name="tsdsr")
         assert "tsdsr" in getattr(one_by_one, component).peft_config
-    torch.testing.assert_close(one_by_one(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one_by_one(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 def test_one_file_of_our_own_goes_before_the_published_ones(make_pipeline, published, lora):
@@ -331,7 +331,7 @@ def test_published_files_become_one(make_pipeline, picture, published, tmp_path)
     loaded.load_lora_weights(str(tmp_path / "one"))
     pipeline.set_adapters("second")
     torch.testing.assert_close(
-        loaded(picture(8, 8), **SMALL).images, pipeline(picture(8, 8), **SMALL).images, rtol=0, atol=1e-5
+        loaded(picture(8, 8), **SMALL).images, pipeline(picture(8, 8), **SMALL).images, rtol=0, atol=3e-5
     )
     loaded.save_lora_adapter(tmp_path / "again")  # the only one
     first, second = load_file(tmp_path / "one" / FILE), load_file(tmp_path / "again" / FILE)
@@ -382,7 +382,7 @@ def test_fidelity_mixes_the_two(make_pipeline, picture, published, names):
     for fidelity in (0, 0.25, 1):
         results.append(pipeline(picture(8, 8), fidelity=fidelity, **SMALL).images)
         expected = merged(make_pipeline, (realism, 1 - fidelity), (faithful, fidelity))(picture(8, 8), **SMALL).images
-        torch.testing.assert_close(results[-1], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(results[-1], expected, rtol=0, atol=3e-5)
         assert_same_settings(before, settings_of(pipeline))
     assert (results[0] - results[2]).abs().max() > 1e-2
     torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, own, rtol=0, atol=0)
@@ -394,7 +394,7 @@ def test_the_published_names_count_before_the_order(make_pipeline, picture, publ
     for fidelity, folder in ((0, realism), (1, faithful)):
         expected = merged(make_pipeline, (folder, 1))(picture(8, 8), **SMALL).images
         torch.testing.assert_close(
-            pipeline(picture(8, 8), fidelity=fidelity, **SMALL).images, expected, rtol=0, atol=1e-5
+            pipeline(picture(8, 8), fidelity=fidelity, **SMALL).images, expected, rtol=0, atol=3e-5
         )
 
 
@@ -421,7 +421,7 @@ def test_adapters_of_one_network_are_mixed_there(make_pipeline, picture, publish
     only = make_pipeline("kl")
     only.load_lora_weights(str(folders[1] / "transformer.safetensors"))
     torch.testing.assert_close(
-        pipeline(picture(8, 8), fidelity=1, **SMALL).images, only(picture(8, 8), **SMALL).images, rtol=0, atol=1e-5
+        pipeline(picture(8, 8), fidelity=1, **SMALL).images, only(picture(8, 8), **SMALL).images, rtol=0, atol=3e-5
     )
 
 
@@ -459,7 +459,7 @@ def test_strength_of_one_call_is_that_of_set_adapters(make_pipeline, picture, tm
     weaker = pipeline(picture(40, 8), joint_attention_kwargs={"scale": scale}, **SMALL).images
     torch.testing.assert_close(pipeline(picture(40, 8), **SMALL).images, whole, rtol=0, atol=0)
     pipeline.set_adapters("mine", scale)
-    torch.testing.assert_close(pipeline(picture(40, 8), **SMALL).images, weaker, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipeline(picture(40, 8), **SMALL).images, weaker, rtol=0, atol=3e-5)
     assert (weaker - whole).abs().max() > 1e-2
 
 
@@ -473,7 +473,7 @@ def test_an_adapter_can_be_swapped_in_place(make_pipeline, picture, published):
     assert pipeline.get_list_adapters() == {"transformer": ["mine"], "vae": ["mine"]}
     assert layer.lora_A["mine"].weight is held
     expected = merged(make_pipeline, (second, 1))(picture(8, 8), **SMALL).images
-    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 def test_an_adapter_of_another_rank_can_be_swapped_in_once_prepared(make_pipeline, picture, published, tmp_path):
@@ -506,7 +506,7 @@ def test_deleting_one_leaves_the_other(make_pipeline, picture, published):
     pipeline.delete_adapters("tsdsr-mse")
     assert pipeline.get_list_adapters() == {"transformer": ["tsdsr"], "vae": ["tsdsr"]}
     expected = merged(make_pipeline, (first, 1))(picture(8, 8), **SMALL).images
-    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipeline(picture(8, 8), **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 def test_loaded_loras_are_not_saved_with_the_weights(make_pipeline, picture, published, tmp_path):

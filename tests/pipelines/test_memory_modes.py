@@ -253,7 +253,7 @@ def test_sequential_offload(pipeline, enlarge, tmp_path, where):
     if where == "memory":
         accelerate.cpu_offload(pipeline.prompt_embeddings, execution_device=CPU)
     for _ in range(2):
-        torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+        torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     assert all(weight.device.type == "meta" for weight in pipeline.denoiser.parameters())
 
 
@@ -284,7 +284,7 @@ def test_group_offload(pipeline, enlarge, tmp_path, kind, on_disk):
     expected = enlarge(pipeline)
     group_offload(pipeline, kind, tmp_path / "offload" if on_disk else None)
     for _ in range(2):
-        torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+        torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     assert bool(list(tmp_path.rglob("*.safetensors"))) == on_disk
 
 
@@ -305,7 +305,7 @@ def test_pipelines_may_share_a_folder_for_offloading(make_pipeline, enlarge, tmp
             weight.data *= factor
         expected = enlarge(pipeline)
         group_offload(pipeline, "leaf_level", tmp_path)
-        torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+        torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
@@ -316,10 +316,10 @@ def test_group_offload_with_a_lora(folder, enlarge, lora, tmp_path, one_sentence
     expected = enlarge(before)
     assert (expected - without).abs().max() > 0.1
     group_offload(before, kind, tmp_path)
-    torch.testing.assert_close(enlarge(before), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(before), expected, rtol=0, atol=2e-5)
     group_offload(after, kind)
     after.load_lora_weights(dict(lora))
-    torch.testing.assert_close(enlarge(after), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(after), expected, rtol=0, atol=2e-5)
     group_offload(late, kind, tmp_path)
     with pytest.raises(ValueError) as error:
         late.load_lora_weights(dict(lora))
@@ -332,4 +332,4 @@ def test_modes_add_up(folder, enlarge, tmp_path):
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     expected = enlarge(pipeline)
     group_offload(pipeline, "leaf_level", tmp_path)
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)

@@ -57,7 +57,7 @@ def test_attention_backends(pipeline, enlarge, backend):
     assert {each.processor._attention_backend for each in attentions(pipeline.denoiser)} == {
         AttentionBackendName(backend)
     }
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
 
 
 NEEDS_A_GPU = "_native_cudnn"  # so that a network that heeds it fails here
@@ -89,7 +89,7 @@ def test_repeated_blocks_are_compiled(pipeline, enlarge, compiler):
     pipeline.denoiser.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     blocks = [module for module in pipeline.denoiser.modules() if type(module).__name__.endswith("TransformerBlock")]
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["compile()", "torch.compile"])
@@ -100,11 +100,11 @@ def test_a_compiled_transformer(make_pipeline, enlarge, compiler, tmp_path, in_p
         pipeline.transformer.compile(backend="eager", fullgraph=True)
     else:
         pipeline.transformer = torch.compile(pipeline.transformer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     pipeline.save_pretrained(tmp_path)
     saved = TSDSRPipeline.from_pretrained(tmp_path)
     assert saved.transformer.state_dict().keys() == make_pipeline().transformer.state_dict().keys()
-    torch.testing.assert_close(enlarge(saved), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(saved), expected, rtol=0, atol=2e-5)
 
 
 def test_compiled_blocks_with_a_lora(make_pipeline, enlarge, lora, compiler):
@@ -112,7 +112,7 @@ def test_compiled_blocks_with_a_lora(make_pipeline, enlarge, lora, compiler):
     pipeline.load_lora_weights(dict(lora))
     expected = enlarge(pipeline)
     pipeline.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
 
 
 def test_fused_projections(pipeline, enlarge):
@@ -122,18 +122,18 @@ def test_fused_projections(pipeline, enlarge):
     pipeline.fuse_qkv_projections()
     for layer in (layer for network in networks for layer in attentions(network)):
         assert hasattr(layer, "to_kv" if layer.is_cross_attention else "to_qkv")
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     pipeline.set_attention_backend("_native_math")
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     pipeline.unfuse_qkv_projections()
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     assert [list(network.state_dict()) for network in networks] == names
 
 
 def test_diffusers_own_fusing(pipeline, enlarge):
     expected = enlarge(pipeline)
     pipeline.denoiser.fuse_qkv_projections()
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     pipeline.denoiser.unfuse_qkv_projections()
     assert torch.equal(enlarge(pipeline), expected)
 
@@ -153,7 +153,7 @@ def test_loras_and_fused_projections(make_pipeline, enlarge, lora, one_sentence)
         enlarge(pipeline)
     one_sentence(error.value, "unfuse_qkv_projections()")
     pipeline.unfuse_qkv_projections()
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=2e-5)
     # What the errors recommend.
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -177,4 +177,4 @@ def test_channels_last(pipeline, enlarge):
     pipeline.vae.to(memory_format=torch.channels_last)
     convolutions = [weight for weight in pipeline.vae.parameters() if weight.ndim == 4 and weight.shape[1] > 1]
     assert any(weight.stride(1) == 1 and weight.shape[-1] > 1 for weight in convolutions)
-    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(enlarge(pipeline), expected, rtol=0, atol=3e-5)

@@ -83,7 +83,7 @@ def test_a_posterior_is_drawn_as_from_the_whole(kl):
     draws = [
         kl.encode(given).latent_dist.sample(torch.Generator().manual_seed(3)) for given in (x, Rows.of(x, Work(4)))
     ]
-    torch.testing.assert_close(draws[1].whole(), draws[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(draws[1].whole(), draws[0], rtol=0, atol=3e-5)
 
 
 def test_what_is_kept_may_lie_in_a_file(kl, monkeypatch):
@@ -152,7 +152,7 @@ def test_bicubic(size, antialias, count):
     x = torch.rand(1, 3, 17, 9)
     arguments = {"size": size, "mode": "bicubic", "antialias": antialias, "align_corners": False}
     result = F.interpolate(Rows.of(x, Work(count)), **arguments).whole()
-    torch.testing.assert_close(result, F.interpolate(x, **arguments), rtol=0, atol=2e-6)
+    torch.testing.assert_close(result, F.interpolate(x, **arguments), rtol=0, atol=1e-5)
 
 
 def test_cubic_weights_sum_to_one_and_reach_only_what_they_need():
@@ -216,7 +216,7 @@ def test_colour_corrections_in_strips(fix, in_file):
     decoded = F.conv2d(Rows.of(images, Work(9, in_file=in_file)), torch.ones(3, 1, 1, 1), groups=3)
     result = COLOR_FIXES[fix](decoded, Rows.of(reference))
     assert isinstance(result, Rows)
-    torch.testing.assert_close(result.whole(), COLOR_FIXES[fix](images, reference), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.whole(), COLOR_FIXES[fix](images, reference), rtol=0, atol=3e-5)
 
 
 def test_per_pixel_functions_take_tensors_and_maps():

@@ -200,7 +200,7 @@ def test_tile_batch_size_does_not_change_the_result(make_pipeline, picture):
     assert set(counts) == {1} and len(counts) > 4
     for size in (2, 100):
         more = pipeline(picture(20, 26), tile_batch_size=size, **arguments).images
-        torch.testing.assert_close(more, one, rtol=0, atol=1e-4)
+        torch.testing.assert_close(more, one, rtol=0, atol=3e-4)
     assert max(counts) > 4
 
 
@@ -279,7 +279,7 @@ def test_saved_and_loaded(make_pipeline, picture, tmp_path, load):
     assert loaded.config.timestep == 999 and loaded.config.use_shift_factor is True
     assert tuple(loaded.prompt_embeddings.pooled_prompt_embeds.shape) == (1, 0)
     expected = pipeline(picture(8, 8), output_type="pt", **SMALL).images
-    torch.testing.assert_close(loaded(picture(8, 8), output_type="pt", **SMALL).images, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded(picture(8, 8), output_type="pt", **SMALL).images, expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -46,11 +46,11 @@ def test_the_teacher_is_the_base_itself(make_pipeline, base, inputs):
     z, prompt = inputs
     with torch.no_grad():
         plain = FAMILY.velocity(make_pipeline().transformer, prompt)(z, torch.full((2,), 0.5))
-    torch.testing.assert_close(run(base, TEACHER, inputs), plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(base, TEACHER, inputs), plain, rtol=0, atol=1e-5)
     student, fake = run(base, STUDENT, inputs), run(base, FAKE_SCORE, inputs)
     assert (student - plain).abs().mean() > 1e-3 < (fake - plain).abs().mean()
     assert (student - fake).abs().mean() > 1e-3
-    torch.testing.assert_close(run(base, TEACHER, inputs), plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(base, TEACHER, inputs), plain, rtol=0, atol=1e-5)
 
 
 def test_a_teacher_may_have_an_adapter(transformer, inputs):

@@ -23,15 +23,15 @@ def test_it_computes_what_the_pipeline_does(make_pipeline, tmp_path, kind, shift
     images = pipeline(pictures, **given, output_type="pt").images
     lq_latents = model.lq_latents(pictures * 2 - 1)
     restored = model.restored(lq_latents)
-    torch.testing.assert_close(restored, latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(restored, latents, rtol=0, atol=3e-5)
     torch.testing.assert_close(
-        (decoded(model.vae, restored, model.shift) / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-5
+        (decoded(model.vae, restored, model.shift) / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=3e-5
     )
     assert (restored - lq_latents).abs().max() > 1e-3
     assert (model.shift == 0.06) == shifted and torch.equal(model.plain_latents(pictures * 2 - 1), lq_latents)
     pipeline.bake()
     with torch.no_grad():
-        torch.testing.assert_close(baked_step(pipeline.transformer, lq_latents), restored, rtol=0, atol=1e-5)
+        torch.testing.assert_close(baked_step(pipeline.transformer, lq_latents), restored, rtol=0, atol=3e-5)
 
 
 def test_loras_beside_the_weights_are_added(make_pipeline, tmp_path):

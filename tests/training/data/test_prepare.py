@@ -456,8 +456,8 @@ def test_targets(run, models_of, kind):
         lq = degrade(crop[None].float() / 255, draws(0, DEGRADATION, number), DegradationConfig(scale=4))
         assert stored["lq"].dtype == torch.uint8 and torch.equal(stored["lq"].float() / 255, lq[0])
         z = model.lq_latents(bicubic(lq, (32, 32)) * 2 - 1)
-        torch.testing.assert_close(stored["lq_latents"], z[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(stored["teacher_latents"], model.restored(z)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(stored["lq_latents"], z[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(stored["teacher_latents"], model.restored(z)[0], rtol=0, atol=1e-4)
     settings = json.loads((out / "dataset.json").read_text())["settings"]
     assert (settings["targets"], settings["scale"], settings["teacher_sha256"]) == (True, 4, model.fingerprint())
 
