@@ -41,6 +41,12 @@ from .objectives.tad import JUDGED_SHARE, LOWEST_SHARE
 PIXEL_TERMS = ("pixel_l1", "gradient_l1", "frequency_l1", "grid_l1", "encoder_features", "lpips")
 
 
+def plain_terms(grid_period: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Those that are no networks; `grid_period` is the pixels a side of a patch of the network."""
+    grid = partial(grid_l1, period=grid_period)
+    return {"pixel_l1": pixel_l1, "gradient_l1": gradient_l1, "frequency_l1": frequency_l1, "grid_l1": grid}
+
+
 class Reconstruction:
     """Equation 7 and its relatives: how far the student's latents and pictures are from the HQ ones.
 
@@ -54,12 +60,7 @@ class Reconstruction:
     """
 
     def __init__(self, config: DistillConfig, vae: nn.Module, device: torch.device):
-        self.terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "pixel_l1": pixel_l1,
-            "gradient_l1": gradient_l1,
-            "frequency_l1": frequency_l1,
-            "grid_l1": partial(grid_l1, period=config.grid_period),
-        }
+        self.terms = plain_terms(config.grid_period)
         if config.uses("encoder_features"):
             self.terms["encoder_features"] = EncoderFeatureDistance(vae).to(device)
         if config.uses("lpips"):

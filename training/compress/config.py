@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 
 from ..config import ConfigError, DistillConfig, Phase, _read, typed_as
+from ..losses import PIXEL_TERMS
 from ..stage import Stage, section
 from .baselines import BASELINES
 from .masks import PARTNERS, Annealing, Group, even_groups
@@ -82,7 +83,7 @@ class CompressStage(Stage):
     ema_decay: float = 0.999
     adam_beta2: float = 0.999
 
-    PICTURES = ("pixel_l1", "gradient_l1", "encoder_features", "lpips")
+    PICTURES = PIXEL_TERMS
 
     def check(self, place: str) -> None:
         super().check(place)
@@ -96,6 +97,18 @@ class CompressStage(Stage):
         """The weights of the terms that count, `more` beside those of pictures."""
         names = [name for name in (*more, *self.PICTURES) if getattr(self, name, 0)]
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class PictureTerms:
+    """Weights of the terms of decoded pictures, which are the trainer's."""
+
+    pixel_l1: float = 0.0
+    gradient_l1: float = 0.0
+    frequency_l1: float = 0.0
+    grid_l1: float = 0.0
+    encoder_features: float = 0.0
+    lpips: float = 0.0
 
 
 @dataclass
@@ -131,15 +144,12 @@ class EncoderStage(CompressStage, Half):
 
 
 @dataclass
-class DecoderStage(CompressStage, Half):
+class DecoderStage(CompressStage, Half, PictureTerms):
     """Stage B: the tiny decoder makes pictures of the latents that the base's own encoder gives the HQ ones."""
 
     steps: int = 200_000
     learning_rate: float = 5e-4
-    pixel_l1: float = 0.0
-    gradient_l1: float = 0.0
     encoder_features: float = 3.0
-    lpips: float = 0.0
     adversarial: float = 1.0
     adversarial_from: float = 0.0
     discriminator_learning_rate: float = 1e-5
@@ -155,7 +165,7 @@ class DecoderStage(CompressStage, Half):
 
 
 @dataclass
-class SearchStage(CompressStage):
+class SearchStage(CompressStage, PictureTerms):
     """Stage C: which blocks stay."""
 
     steps: int = 100_000
@@ -174,10 +184,6 @@ class SearchStage(CompressStage):
     distance: str = "cosine"  # of block_influence, or angular
     batches_watched: int = 16  # by block_influence
     latent_l1: float = 1.0
-    pixel_l1: float = 0.0
-    gradient_l1: float = 0.0
-    encoder_features: float = 0.0
-    lpips: float = 0.0
 
     COUNTS: ClassVar[tuple[str, ...]] = (*CompressStage.COUNTS, "group_size", "batches_watched")
 
@@ -266,7 +272,7 @@ class RestoreStage(StudentStage):
 
 
 @dataclass
-class RefineStage(StudentStage):
+class RefineStage(StudentStage, PictureTerms):
     """Stage F: the same with the tiny VAE, and with terms of decoded pictures."""
 
     steps: int = 50_000
@@ -274,10 +280,7 @@ class RefineStage(StudentStage):
     encoder: str = "tiny"  # whose latents it takes: tiny, as in use, or teacher
     train_decoder: bool = False
     latent_l1: float = 5.0
-    pixel_l1: float = 0.0
-    gradient_l1: float = 0.0
     encoder_features: float = 1.0
-    lpips: float = 0.0
     adversarial: float = 0.3
     adversarial_from: float = 0.0
     discriminator_learning_rate: float = 5e-6

@@ -25,9 +25,9 @@ from ..discriminators import make_discriminator
 from ..distill import make_accelerator
 from ..draws import MASKS, draws
 from ..inputs import Photographs, open_photographs, read_batches
-from ..losses import lpips
+from ..losses import lpips, plain_terms
 from ..networks import STUDENT, TEACHER
-from ..objectives import EncoderFeatureDistance, gradient_l1, latent_mse, pixel_l1
+from ..objectives import EncoderFeatureDistance, latent_mse, pixel_l1
 from ..one_step import OneStepModel, scaled_latents
 from ..stage import Adversary, Made, Task, run_stage
 from .baselines import BASELINES, BlockInfluence, by_influence
@@ -194,7 +194,7 @@ class Training:
 
     def picture_terms(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """The terms of pictures that count, by name; raises a `ConfigError` if LPIPS cannot be had."""
-        found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pixel_l1": pixel_l1, "gradient_l1": gradient_l1}
+        found = plain_terms(self.teacher.size_multiple)
         if self.stage.encoder_features:
             found["encoder_features"] = EncoderFeatureDistance(self.teacher.plain_vae).float().to(self.device)
         if self.stage.lpips:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tsdsr import OneStepSD3Transformer2DModel, TSDSRPipeline
 from tsdsr.models.autoencoder_tiny_separable import AutoencoderTinySeparable
+from tsdsr.training import losses
 from tsdsr.training.compress import layer_mask, masked
 from tsdsr.training.compress.config import parse
 from tsdsr.training.compress.counts import counts
@@ -377,3 +378,20 @@ def test_prepared_targets(words, tmp_path, photographs, model_folder, monkeypatc
     flags = words(tmp_path / "new2", "--train_data_dir", out, "--stages", "search", "--search.resolution", 32)
     with pytest.raises(ConfigError, match="was prepared at resolution 16, not 32"):
         compress(parse(flags))
+
+
+def test_terms_of_pictures_are_the_trainers(words, tmp_path, model_folder, monkeypatch):
+    """All that are no networks; the period of grid_l1 is a patch of the model's transformer."""
+    periods, real = set(), losses.grid_l1
+
+    def grid_l1(*pictures, period):
+        periods.add(period)
+        return real(*pictures, period)
+
+    monkeypatch.setattr(losses, "grid_l1", grid_l1)
+    names = ("pixel_l1", "gradient_l1", "frequency_l1", "grid_l1")
+    flags = [word for name in names for word in (f"--decoder.{name}", 0.5)]
+    compress(parse(words(tmp_path, "--stages", "decoder", *flags, steps=1)))
+    (line,) = (line for line in lines(tmp_path / "2_decoder") if "phase" in line)
+    assert all(line[name] > 0 for name in names)
+    assert periods == {OneStepModel.load(model_folder).size_multiple}
