@@ -58,7 +58,7 @@ How to read the tables:
 
 ## Where the time goes, and what is in the way
 
-Of `full`, 128x128 to 512x512, on the CPU below; the figures are those of its tables.
+Of `full`, 128x128 to 512x512, on the Intel CPU below; the figures are those of its tables.
 
 * **The VAE's layout was the largest bar.** In bfloat16 `published` spends 54 % of its time copying: the fast
   convolutions of a CPU want channels last, and channels first are laid out anew around each of them. With channels last
